@@ -1,0 +1,367 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Configurations of T3D and its vision tower, and the presets. Validation only: no torch, no files."""
+
+import difflib
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# What `PreTrainedConfig` accepts beyond its dataclass fields, and the keys that saving and the Hub add to a config.
+_BASE_KEYS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "custom_pipelines",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "torch_dtype",
+        "use_cache",
+    }
+)
+
+_BOTTLENECK_EXPANSION = 4
+
+
+def _refuse_unknown(config: PreTrainedConfig, unknown: dict[str, Any]) -> None:
+    """Raise on a keyword that is no field: `PreTrainedConfig` would keep a typo silently and train another model."""
+    known = {field.name for field in fields(config)} | set(type(config).attribute_map)
+    for name in unknown:
+        if name in _BASE_KEYS or name in known:
+            continue
+        nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; its fields are {', '.join(sorted(known))}"
+        raise ValueError(f"{type(config).__name__} has no field {name!r}{hint}")
+
+
+def _triple(name: str, value: int | list[int] | tuple[int, ...]) -> list[int]:
+    """`value` as one positive integer per axis (z, y, x)."""
+    triple = [value] * 3 if isinstance(value, int) else list(value)
+    if len(triple) != 3 or any(entry < 1 for entry in triple):
+        raise ValueError(f"{name} must be one positive integer or three of them in order (z, y, x), got {value!r}")
+    return triple
+
+
+@strict
+class T3DVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`T3DVisionModel`]: which 3D encoder, and its sizes.
+
+    The defaults are the 3D ResNet-50 that the T3D publication names, in MONAI's layout, with group instead of batch
+    normalisation (our choice: a sample's features then do not depend on its batch). Triples are in order (z, y, x).
+
+    Args:
+        encoder_type (`str`, defaults to `"resnet"`):
+            A name in `modeling_t3d.encoders_t3d.ENCODERS`: `"resnet"`, `"vit"`, or one that you registered.
+        num_channels (`int`, defaults to 1): intensity windows per view.
+        hidden_size (`int`, *optional*):
+            Channels of the token map. Derived for the ResNet (`hidden_sizes[-1]`); 768 for the ViT.
+        num_hidden_layers (`int`, *optional*): derived for the ResNet (`sum(depths)`); 12 for the ViT.
+        embedding_size (`int`, defaults to 64): ResNet: channels of the stem.
+        hidden_sizes (`list[int]`, defaults to `(256, 512, 1024, 2048)`): ResNet: channels that each stage puts out.
+        depths (`list[int]`, defaults to `(3, 4, 6, 3)`): ResNet: residual blocks per stage.
+        layer_type (`"bottleneck"` or `"basic"`, defaults to `"bottleneck"`): ResNet: the residual block.
+        stem_kernel_size, stem_stride (`int` or triple, defaults to 7 and 1): ResNet: first convolution (MONAI's).
+        stem_pool (`bool`, defaults to `True`): ResNet: 3^3 max-pooling of stride 2 after the stem (MONAI's).
+        shortcut_type (`"A"` or `"B"`, defaults to `"B"`):
+            ResNet: parameter-free (average-pooled, zero-padded) or convolutional shortcuts, as in MONAI.
+        downsample_bias (`bool`, defaults to `True`): ResNet: bias of the shortcut convolution; MedicalNet has none.
+        norm (`"group"`, `"batch"` or `"instance"`, defaults to `"group"`): ResNet: normalisation in *every* block.
+        num_norm_groups (`int`, defaults to 32), norm_eps (`float`, defaults to 1e-5): ResNet: their settings.
+        patch_size (`int` or triple, defaults to 16): ViT: voxels per token and axis.
+        num_attention_heads (`int`, defaults to 12), intermediate_size (`int`, *optional*, `4 * hidden_size`),
+        hidden_act (`str`, defaults to `"gelu"`), layer_norm_eps (`float`, defaults to 1e-6),
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): ViT: as in Transformers.
+        feature_layers (`list[int]`, *optional*):
+            ViT: after which layers (1-based, ascending) a feature map is taken; by default each quarter of the depth.
+        encoder_options (`dict`, *optional*): settings of an encoder that you registered.
+        initializer_range (`float`, defaults to 0.02): standard deviation of linear layers' initial weights.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d import T3DVisionConfig, T3DVisionModel
+
+    >>> config = T3DVisionConfig(
+    ...     embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_norm_groups=8
+    ... )
+    >>> T3DVisionModel(config).config.hidden_size
+    32
+
+    ```"""
+
+    model_type = "t3d_vision_model"
+    base_config_key = "vision_config"
+
+    encoder_type: str = "resnet"
+    num_channels: int = 1
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    embedding_size: int = 64
+    hidden_sizes: list[int] | tuple[int, ...] = (256, 512, 1024, 2048)
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    layer_type: Literal["bottleneck", "basic"] = "bottleneck"
+    stem_kernel_size: int | list[int] | tuple[int, ...] = 7
+    stem_stride: int | list[int] | tuple[int, ...] = 1
+    stem_pool: bool = True
+    shortcut_type: Literal["A", "B"] = "B"
+    downsample_bias: bool = True
+    norm: Literal["group", "batch", "instance"] = "group"
+    num_norm_groups: int = 32
+    norm_eps: float = 1e-5
+    patch_size: int | list[int] | tuple[int, ...] = 16
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    feature_layers: list[int] | tuple[int, ...] | None = None
+    encoder_options: dict | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        _refuse_unknown(self, kwargs)
+        self.stem_kernel_size = _triple("stem_kernel_size", self.stem_kernel_size)
+        self.stem_stride = _triple("stem_stride", self.stem_stride)
+        self.patch_size = _triple("patch_size", self.patch_size)
+        if self.encoder_type == "resnet":
+            self.hidden_size = self.hidden_sizes[-1]
+            self.num_hidden_layers = sum(self.depths)
+        else:
+            self.hidden_size = 768 if self.hidden_size is None else self.hidden_size
+            self.num_hidden_layers = 12 if self.num_hidden_layers is None else self.num_hidden_layers
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.feature_layers is None:
+            quarters = {max(1, round(self.num_hidden_layers * part / 4)) for part in (1, 2, 3, 4)}
+            self.feature_layers = sorted(quarters)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks that span several fields."""
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")
+        if self.encoder_type == "resnet":
+            self._validate_resnet()
+        elif self.encoder_type == "vit":
+            self._validate_vit()
+
+    def _validate_resnet(self):
+        if len(self.depths) != len(self.hidden_sizes) or not self.depths or min(self.depths) < 1:
+            raise ValueError(
+                f"depths {list(self.depths)} and hidden_sizes {list(self.hidden_sizes)} must name the same stages, "
+                "each of at least one block"
+            )
+        divisor = _BOTTLENECK_EXPANSION if self.layer_type == "bottleneck" else 1
+        if any(size % divisor for size in self.hidden_sizes):
+            raise ValueError(f"hidden_sizes {list(self.hidden_sizes)} of bottleneck stages must be multiples of 4")
+        inner = [self.embedding_size, *(size // divisor for size in self.hidden_sizes)]
+        if self.norm == "group" and any(width % self.num_norm_groups for width in inner):
+            raise ValueError(
+                f"num_norm_groups={self.num_norm_groups} does not divide every width of the encoder {inner}; "
+                "choose a common divisor"
+            )
+
+    def _validate_vit(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        layers = list(self.feature_layers)
+        if layers != sorted(set(layers)) or not layers or layers[0] < 1 or layers[-1] != self.num_hidden_layers:
+            raise ValueError(
+                f"feature_layers {layers} must ascend within 1..{self.num_hidden_layers} and end with the last layer"
+            )
+
+
+@strict
+class T3DConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`T3DModel`] and [`T3DForPreTraining`]: two towers and the objectives between them.
+
+    The publications state the two objectives and the ResNet-50; nearly every number below is a choice of this
+    re-implementation or a habit of the same authors' sister code, marked [choice] or [habit].
+
+    Args:
+        vision_config (`T3DVisionConfig` or `dict`, *optional*): the vision tower.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of any Hugging Face text encoder; the layout of RoBERTa-base (RadBERT-RoBERTa) by default.
+        projection_dim (`int`, defaults to 512): joint dimension [habit].
+        projection_hidden_size (`int`, defaults to 2048): inner width of the projection heads [habit].
+        projection_norm (`"layer"` or `"batch"`, defaults to `"layer"`): normalisation inside the heads [choice].
+        contrastive_loss (`"softmax"` or `"sigmoid"`, defaults to `"softmax"`): global alignment; sigmoid as SigLIP.
+        gca_temperature (`float`, defaults to 0.07): (initial) temperature of global alignment [habit].
+        learnable_temperature (`bool`, defaults to `False`): softmax only; the sigmoid form always learns its scale.
+        max_logit_scale (`float`, defaults to 100.0): a learnt scale is clamped to it after each optimiser step.
+        initial_logit_bias (`float`, defaults to -10.0): sigmoid only, as in SigLIP.
+        soft_targets (`bool`, defaults to `False`), soft_target_rate (`float`, defaults to 0.2):
+            Softens off-diagonal targets of the softmax form by the reports' correlation [habit: IMITATE].
+        lambda_gca, lambda_tma (`float`, default to 1.0): weights of the two terms [choice].
+        tma_loss (`"supcon"`): clustering loss of the multi-view alignment [choice].
+        tma_temperature (`float`, defaults to 0.2): its temperature [habit: IMITATE].
+        tma_query (`"text"`, `"none"` or `"vision"`, defaults to `"text"`): what asks the views; `"none"` is the
+            control with a learnt query [choice].
+        tma_negatives (`"same_query"` or `"own_query"`, defaults to `"same_query"`): whether a candidate view is pooled
+            with the anchor's query, which closes the leak, or with its own pair's [choice].
+        tma_negative_pairs (`int`, *optional*): score every anchor pair against this many other pairs only.
+        num_tma_heads (`int`, defaults to 8): attention heads of the text-informed pooling [choice].
+        view_fusion (`"global"`, `"mean"` or `"attention"`, defaults to `"global"`): what the volume embedding sees:
+            the global view, the mean over all views, or a small transformer over them [choice].
+        num_fusion_layers, num_fusion_heads (`int`, default to 2 and 8): that transformer.
+        num_frozen_text_layers (`int`, defaults to 0):
+            Lowest text layers that do not train, applied after loading. The training configuration for a pretrained
+            RadBERT freezes 9 of 12 [choice]; a tower that starts from scratch needs 0.
+        provenance (`dict`, *optional*): where the weights come from: parent checkpoint, stage, data, licence.
+        initializer_range (`float`, defaults to 0.02): standard deviation of linear layers' initial weights.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d import T3DConfig, T3DModel
+
+    >>> config = T3DConfig.from_preset("tiny", view_fusion="mean")
+    >>> T3DModel(config).config.projection_dim
+    64
+
+    ```"""
+
+    model_type = "t3d"
+    sub_configs_defaults = {  # noqa: RUF012 - Transformers' own way to declare sub-configurations
+        "vision_config": T3DVisionConfig,
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="roberta",
+            init_kwargs={"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    projection_hidden_size: int = 2048
+    projection_norm: Literal["layer", "batch"] = "layer"
+    contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
+    gca_temperature: float = 0.07
+    learnable_temperature: bool = False
+    max_logit_scale: float | int = 100.0
+    initial_logit_bias: float | int = -10.0
+    soft_targets: bool = False
+    soft_target_rate: float = 0.2
+    lambda_gca: float | int = 1.0
+    lambda_tma: float | int = 1.0
+    tma_loss: Literal["supcon"] = "supcon"
+    tma_temperature: float = 0.2
+    tma_query: Literal["text", "none", "vision"] = "text"
+    tma_negatives: Literal["same_query", "own_query"] = "same_query"
+    tma_negative_pairs: int | None = None
+    num_tma_heads: int = 8
+    view_fusion: Literal["global", "mean", "attention"] = "global"
+    num_fusion_layers: int = 2
+    num_fusion_heads: int = 8
+    num_frozen_text_layers: int = 0
+    provenance: dict | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        _refuse_unknown(self, kwargs)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks that span several fields."""
+        if self.gca_temperature <= 0 or self.tma_temperature <= 0:
+            raise ValueError(
+                f"temperatures must be positive, got gca_temperature={self.gca_temperature}, "
+                f"tma_temperature={self.tma_temperature}"
+            )
+        channels = self.vision_config.hidden_size
+        if self.projection_dim % self.num_tma_heads or channels % self.num_fusion_heads:
+            raise ValueError(
+                f"num_tma_heads={self.num_tma_heads} must divide projection_dim={self.projection_dim} and "
+                f"num_fusion_heads={self.num_fusion_heads} the vision tower's {channels} channels"
+            )
+        if self.soft_targets and self.contrastive_loss == "sigmoid":
+            raise ValueError('soft_targets belong to contrastive_loss="softmax"; the sigmoid form has none')
+        if self.tma_negative_pairs is not None and self.tma_negative_pairs < 1:
+            raise ValueError(f"tma_negative_pairs must be at least 1 or None, got {self.tma_negative_pairs}")
+        depth = self.text_config.num_hidden_layers
+        if not 0 <= self.num_frozen_text_layers <= depth:
+            raise ValueError(
+                f"num_frozen_text_layers={self.num_frozen_text_layers}, but the text tower has {depth} layers"
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "T3DConfig":
+        """
+        A named configuration: `"tiny"` (tests, CPUs), `"base"` (ResNet-50 with group norm, RoBERTa-base) or
+        `"base-batchnorm"` (the published encoder, which loads MedicalNet and MONAI weights).
+
+        Args:
+            name (`str`): the preset.
+            overrides: fields to change; a `dict` for `vision_config` or `text_config` changes single fields of it.
+        """
+        if name not in _PRESETS:
+            nearest = difflib.get_close_matches(name, _PRESETS, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(map(repr, _PRESETS))}{hint}")
+        settings = deepcopy(_PRESETS[name])
+        for key in ("vision_config", "text_config"):
+            change = overrides.pop(key, None)
+            if isinstance(change, PreTrainedConfig):
+                settings[key] = change
+            elif change is not None:
+                same_model = change.get("model_type", settings[key].get("model_type")) == settings[key].get(
+                    "model_type"
+                )
+                settings[key] = {**settings[key], **change} if same_model else change
+        return cls(**{**settings, **overrides})
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vision_config": {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 64, 128],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+            "stem_kernel_size": 3,
+            "stem_pool": False,
+            "num_norm_groups": 8,
+        },
+        "text_config": {
+            "model_type": "bert",
+            "vocab_size": 1024,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "max_position_embeddings": 256,
+        },
+        "projection_dim": 64,
+        "projection_hidden_size": 128,
+        "num_tma_heads": 4,
+        "num_fusion_layers": 1,
+        "num_fusion_heads": 4,
+    },
+    "base": {
+        "vision_config": {},
+        "text_config": {"model_type": "roberta", **T3DConfig.sub_configs_defaults["text_config"].init_kwargs},
+    },
+    "base-batchnorm": {
+        "vision_config": {"norm": "batch"},
+        "text_config": {"model_type": "roberta", **T3DConfig.sub_configs_defaults["text_config"].init_kwargs},
+    },
+}
+
+__all__ = ["T3DConfig", "T3DVisionConfig"]
