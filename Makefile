@@ -1,0 +1,41 @@
+# Two commands: `make quickstart` and `make test`. Each makes its own virtual environment when there is none.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install. Where no GPU is found its CPU build is preferred, if a configured package index has one.
+TORCH ?= torch==2.13.0
+OUTPUT ?= outputs
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := modeling_t3d examples conversion benchmarks tests setup.py
+
+.PHONY: quickstart ablation test test-all lint clean
+
+$(INSTALLED): setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if [ -z "$$(command -v nvidia-smi)" ]; then \
+		$(BIN)/pip install -q "$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"; \
+	else $(BIN)/pip install -q "$(TORCH)"; fi
+	$(BIN)/pip install -q -e ".[all,dev]"
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py --output $(OUTPUT)/quickstart
+
+ablation: $(INSTALLED)
+	$(BIN)/python examples/ablation.py --output $(OUTPUT)/ablation $(ABLATION)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not slow" --durations=15
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=30
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Package metadata: version ranges that were run, and the extras for heavier things."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "modeling_t3d" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+EXTRAS = {
+    # Codecs: GDCM covers JPEG lossless, JPEG-LS, JPEG 2000 and RLE. SimpleITK reads NRRD and MetaImage.
+    "dicom": ["pydicom>=3.0", "python-gdcm>=3.0.24"],
+    "formats": ["SimpleITK>=2.4"],
+    "train": ["tensorboard>=2.16", "pyyaml>=6.0", "tqdm>=4.66"],
+    "eval": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+    "dev": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.5",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+        "mypy>=1.13",
+    ],
+}
+EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "dev" for requirement in extra})
+
+setup(
+    name="modeling_t3d",
+    version=VERSION,
+    description="T3D: 3D medical vision-language pre-training for Hugging Face Transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["modeling_t3d", "modeling_t3d.*"]),
+    package_data={"modeling_t3d": ["**/*.md", "**/*.json"]},
+    python_requires=">=3.10",
+    install_requires=[
+        # 2.9's cuDNN breaks 3D convolutions.
+        "torch>=2.8,!=2.9.*",
+        "transformers>=5.23,<6",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "accelerate>=1.10",
+        "numpy>=1.26",
+        "nibabel>=5.2",
+        # Transformers asks for Pillow before it loads any image processor.
+        "pillow>=10.0",
+        "monai>=1.5",
+        "evaluate>=0.4.3",
+    ],
+    extras_require=EXTRAS,
+)
