@@ -1,0 +1,498 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""3D vision encoders behind one contract: a pyramid of feature maps and the last token map. Heads know only that."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs
+
+from .configuration_t3d import T3DVisionConfig
+
+
+@dataclass
+class T3DEncoderOutput(ModelOutput):
+    r"""
+    What every encoder puts out.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, hidden_size, depth, height, width)`):
+            The token map: one token per cell of the encoder's coarsest grid.
+        feature_maps (`tuple[torch.FloatTensor, ...]`, each of shape `(batch, channels, depth, height, width)`):
+            The pyramid, finest map first; its last entry is `last_hidden_state`. Channels and strides of each map are
+            the encoder's `feature_channels` and `feature_strides`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    feature_maps: tuple[torch.FloatTensor, ...] | None = None
+
+
+class T3DEncoderBlock(GradientCheckpointingLayer):
+    """
+    Base of an encoder's repeated unit: what activation checkpointing recomputes, what `output_hidden_states` records
+    and what stays on one device. It takes its hidden states as first positional argument and returns a tensor.
+    """
+
+
+class T3DEncoder(nn.Module):
+    r"""
+    The contract of a 3D encoder. A new one derives from this class, sets the attributes below, implements `forward`
+    and `get_input_embeddings`, builds on [`T3DEncoderBlock`] and is entered in `ENCODERS`.
+
+    Attributes:
+        feature_channels (`list[int]`): channels of each feature map, finest first.
+        feature_strides (`list[tuple[int, int, int]]`): voxels per cell of each feature map, per axis (z, y, x).
+        hidden_size (`int`): channels of the token map.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d.configuration_t3d import T3DVisionConfig
+    >>> from modeling_t3d.encoders_t3d import build_encoder
+
+    >>> config = T3DVisionConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
+    >>> encoder = build_encoder(config)
+    >>> output = encoder(torch.zeros(2, 1, 16, 32, 32))
+    >>> encoder.feature_strides
+    [(1, 1, 1), (2, 2, 2), (4, 4, 4)]
+    >>> [tuple(feature_map.shape[2:]) for feature_map in output.feature_maps]
+    [(16, 32, 32), (8, 16, 16), (4, 8, 8)]
+
+    ```"""
+
+    feature_channels: list[int]
+    feature_strides: list[tuple[int, int, int]]
+    hidden_size: int
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_size
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
+        """Encode views of shape `(batch, num_channels, depth, height, width)`."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first layer that sees voxels; its weight's dtype is the dtype that the encoder computes in."""
+        raise NotImplementedError
+
+    def initialize_parameters(self) -> None:
+        """Fill parameters and buffers that stand bare in this encoder, by `transformers.initialization` only."""
+
+    def prepare_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Check the views' rank and channels, and cast them to the dtype of the weights."""
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} do not fit: the encoder takes (batch, "
+                f"{self.config.num_channels}, depth, height, width); fold views into the batch, and let the "
+                "processor's windows match num_channels"
+            )
+        return pixel_values.to(self.get_input_embeddings().weight.dtype)
+
+
+def _norm_layer(config: T3DVisionConfig, num_channels: int) -> nn.Module:
+    """The configured normalisation."""
+    if config.norm == "group":
+        return nn.GroupNorm(config.num_norm_groups, num_channels, eps=config.norm_eps)
+    if config.norm == "batch":
+        return nn.BatchNorm3d(num_channels, eps=config.norm_eps)
+    return nn.InstanceNorm3d(num_channels, eps=config.norm_eps, affine=True)
+
+
+class T3DZeroPadShortcut(nn.Module):
+    """
+    Shortcut A of residual networks: every `stride`-th voxel, and zeros for the new channels; no parameters.
+
+    MONAI's form of it detaches the shortcut from the graph; here the gradient flows, as the residual network means it.
+    """
+
+    def __init__(self, num_new_channels: int, stride: int):
+        super().__init__()
+        self.num_new_channels = num_new_channels
+        self.stride = stride
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, d, h, w)` to `(batch, channels + num_new_channels, ceil(d / stride), ...)`."""
+        hidden_states = hidden_states[:, :, :: self.stride, :: self.stride, :: self.stride]
+        return nn.functional.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, self.num_new_channels))
+
+
+def _shortcut(config: T3DVisionConfig, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    """What brings a block's input to the shape of its output; `None` where they agree."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    if config.shortcut_type == "A":
+        if out_channels < in_channels:
+            raise ValueError(
+                f'shortcut_type="A" cannot reduce {in_channels} channels to {out_channels}; '
+                'let hidden_sizes ascend from embedding_size or choose shortcut_type="B"'
+            )
+        return T3DZeroPadShortcut(out_channels - in_channels, stride)
+    convolution = nn.Conv3d(in_channels, out_channels, 1, stride=stride, bias=config.downsample_bias)
+    return nn.Sequential(convolution, _norm_layer(config, out_channels))
+
+
+# In the blocks, ReLU and the residual sum work in place: they overwrite the output of a normalisation, which keeps its
+# input (not its output) for the backward pass. A block's own input is never written to.
+class T3DResNetBasicBlock(T3DEncoderBlock):
+    """Two 3^3 convolutions and a shortcut; the stride sits in the first."""
+
+    def __init__(self, config: T3DVisionConfig, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = _norm_layer(config, out_channels)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = _norm_layer(config, out_channels)
+        self.downsample = _shortcut(config, in_channels, out_channels, stride)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, in_channels, d, h, w)` to `(batch, out_channels, ceil(d / stride), ...)`."""
+        residual = hidden_states if self.downsample is None else self.downsample(hidden_states)
+        hidden_states = self.act(self.bn1(self.conv1(hidden_states)))
+        hidden_states = self.bn2(self.conv2(hidden_states))
+        hidden_states += residual
+        return self.act(hidden_states)
+
+
+class T3DResNetBottleneckBlock(T3DEncoderBlock):
+    """Convolutions of 1^3, 3^3 (which strides) and 1^3 on a quarter of the channels, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, config: T3DVisionConfig, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        inner_channels = out_channels // self.expansion
+        self.conv1 = nn.Conv3d(in_channels, inner_channels, 1, bias=False)
+        self.bn1 = _norm_layer(config, inner_channels)
+        self.conv2 = nn.Conv3d(inner_channels, inner_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = _norm_layer(config, inner_channels)
+        self.conv3 = nn.Conv3d(inner_channels, out_channels, 1, bias=False)
+        self.bn3 = _norm_layer(config, out_channels)
+        self.act = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(config, in_channels, out_channels, stride)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, in_channels, d, h, w)` to `(batch, out_channels, ceil(d / stride), ...)`."""
+        residual = hidden_states if self.downsample is None else self.downsample(hidden_states)
+        hidden_states = self.act(self.bn1(self.conv1(hidden_states)))
+        hidden_states = self.act(self.bn2(self.conv2(hidden_states)))
+        hidden_states = self.bn3(self.conv3(hidden_states))
+        hidden_states += residual
+        return self.act(hidden_states)
+
+
+class T3DResNet(T3DEncoder):
+    """
+    3D residual network with the parameter names of MONAI's `ResNet`, and its outputs where the configuration is one
+    that MONAI has. Beyond it: the norm reaches every block and shortcut, and every stage's map is put out.
+
+    The pyramid holds the stem's map (before pooling), then each stage's.
+    """
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__(config)
+        stem_stride = tuple(config.stem_stride)
+        self.conv1 = nn.Conv3d(
+            config.num_channels,
+            config.embedding_size,
+            kernel_size=tuple(config.stem_kernel_size),
+            stride=stem_stride,
+            padding=tuple(size // 2 for size in config.stem_kernel_size),
+            bias=False,
+        )
+        self.bn1 = _norm_layer(config, config.embedding_size)
+        self.act = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1) if config.stem_pool else nn.Identity()
+
+        block_class = T3DResNetBasicBlock if config.layer_type == "basic" else T3DResNetBottleneckBlock
+        self.feature_channels = [config.embedding_size, *config.hidden_sizes]
+        self.feature_strides = [stem_stride]
+        self.layer_names = [f"layer{stage + 1}" for stage in range(len(config.depths))]
+        stage_stride = 2 if config.stem_pool else 1
+        for stage, name in enumerate(self.layer_names):
+            block_stride = 1 if stage == 0 else 2
+            stage_stride *= block_stride
+            in_channels, out_channels = self.feature_channels[stage : stage + 2]
+            blocks = [block_class(config, in_channels, out_channels, block_stride)]
+            blocks += [block_class(config, out_channels, out_channels, 1) for _ in range(config.depths[stage] - 1)]
+            self.add_module(name, nn.Sequential(*blocks))
+            self.feature_strides.append(tuple(stride * stage_stride for stride in stem_stride))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem's convolution."""
+        return self.conv1
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
+        """Encode views of shape `(batch, num_channels, depth, height, width)`, of any size."""
+        hidden_states = self.act(self.bn1(self.conv1(self.prepare_input(pixel_values))))
+        feature_maps = [hidden_states]
+        hidden_states = self.maxpool(hidden_states)
+        for name in self.layer_names:
+            hidden_states = self.get_submodule(name)(hidden_states)
+            feature_maps.append(hidden_states)
+        return T3DEncoderOutput(last_hidden_state=hidden_states, feature_maps=tuple(feature_maps))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Plain attention, which also returns its map.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): projected tokens.
+        attention_mask (`torch.Tensor`, *optional*): added to the scores.
+
+    Returns:
+        The mixed values, `(batch, tokens, heads, head_dim)`, and the map, `(batch, heads, tokens, tokens)`.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class T3DViTAttention(nn.Module):
+    """Multi-head self-attention with separate projections, computed by the configured `attn_implementation`."""
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(batch, tokens, hidden_size)` to the same shape, and the attention map where the implementation has one."""
+        shape = hidden_states.shape[:-1]
+        # (batch, tokens, hidden_size) -> (batch, heads, tokens, head_dim)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.out_proj(output.reshape(*shape, -1)), weights
+
+
+class T3DViTMLP(nn.Module):
+    """The feed-forward part of a transformer layer."""
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, hidden_size)` to the same shape."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class T3DViTLayer(T3DEncoderBlock):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = T3DViTAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = T3DViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """`(batch, tokens, hidden_size)` to the same shape."""
+        hidden_states = hidden_states + self.dropout(self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0])
+        return hidden_states + self.dropout(self.mlp(self.layer_norm2(hidden_states)))
+
+
+def sincos_positions(grid: tuple[int, int, int], hidden_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """
+    Fixed position codes for a grid of any size: sines and cosines of each axis's token index, a third of the channels
+    per axis, zeros in the channels that six does not divide.
+
+    Returns:
+        `torch.Tensor` of shape `(1, tokens, hidden_size)`, float32.
+    """
+    num_frequencies = hidden_size // 6
+    exponents = torch.arange(num_frequencies, device=device, dtype=torch.float32) / num_frequencies
+    frequencies = 10000.0**-exponents
+    codes = []
+    for axis, size in enumerate(grid):
+        angles = torch.arange(size, device=device, dtype=torch.float32)[:, None] * frequencies
+        shape = [1, 1, 1, 2 * num_frequencies]
+        shape[axis] = size
+        codes.append(torch.cat([angles.sin(), angles.cos()], dim=-1).view(shape).expand(*grid, -1))
+    table = torch.cat(codes, dim=-1).reshape(1, prod(grid), 6 * num_frequencies)
+    return nn.functional.pad(table, (0, hidden_size - 6 * num_frequencies))
+
+
+class T3DViT(T3DEncoder):
+    """
+    3D vision transformer without a class token: patches, fixed position codes, pre-norm layers, a final norm.
+
+    Every map of the pyramid has the patch's stride; it holds the layers of `config.feature_layers`, each through the
+    final norm.
+    """
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__(config)
+        if config.hidden_size < 6:
+            raise ValueError(
+                f"hidden_size={config.hidden_size} is too small for positions on three axes; use 6 or more"
+            )
+        self.patch_size = tuple(config.patch_size)
+        # Linear over a patch's voxels in order (channel, z, y, x): a convolution whose stride is its kernel.
+        self.patch_embedding = nn.Linear(config.num_channels * prod(self.patch_size), config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(T3DViTLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feature_channels = [config.hidden_size] * len(config.feature_layers)
+        self.feature_strides = [self.patch_size] * len(config.feature_layers)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The projection of patches to tokens."""
+        return self.patch_embedding
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
+        """Encode views `(batch, num_channels, depth, height, width)` whose sides are multiples of the patch."""
+        pixel_values = self.prepare_input(pixel_values)
+        if any(side % patch for side, patch in zip(pixel_values.shape[2:], self.patch_size, strict=True)):
+            raise ValueError(
+                f"views of {tuple(pixel_values.shape[2:])} voxels (z, y, x) are no whole number of patches of "
+                f"{self.patch_size}; choose view sizes in the processor that are multiples of patch_size"
+            )
+        depth, height, width = grid = tuple(
+            side // patch for side, patch in zip(pixel_values.shape[2:], self.patch_size, strict=True)
+        )
+        # (batch, channels, z, y, x) -> (batch, tokens, channels * patch voxels)
+        patches = pixel_values.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (depth, -1))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        hidden_states = self.patch_embedding(patches)
+        positions = sincos_positions(grid, self.hidden_size, hidden_states.device)
+        hidden_states = self.dropout(hidden_states + positions.to(hidden_states.dtype))
+
+        feature_maps = []
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_states = layer(hidden_states, **kwargs)
+            if number in self.config.feature_layers:
+                feature_maps.append(self.post_layernorm(hidden_states).transpose(1, 2).unflatten(2, grid))
+        return T3DEncoderOutput(last_hidden_state=feature_maps[-1], feature_maps=tuple(feature_maps))
+
+
+ENCODERS: dict[str, type[T3DEncoder]] = {"resnet": T3DResNet, "vit": T3DViT}
+
+
+def build_encoder(config: T3DVisionConfig) -> T3DEncoder:
+    """The encoder that `config.encoder_type` names in `ENCODERS`."""
+    if config.encoder_type not in ENCODERS:
+        nearest = difflib.get_close_matches(config.encoder_type, ENCODERS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"unknown encoder_type {config.encoder_type!r}; the encoders are {', '.join(map(repr, ENCODERS))}{hint}"
+        )
+    return ENCODERS[config.encoder_type](config)
+
+
+def initialize_encoder_module(module: nn.Module, initializer_range: float = 0.02) -> None:
+    """
+    Initialise one module of an encoder, where its weights were not loaded; for `_init_weights`.
+
+    Convolutions draw from MONAI's law (normal, variance `2 / fan_out`), linear layers from a normal of standard
+    deviation `initializer_range`; norms start as the identity, running statistics as those of a standard normal.
+    """
+    if isinstance(module, nn.Conv3d):
+        init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        init.normal_(module.weight, mean=0.0, std=initializer_range)
+    elif isinstance(module, (nn.GroupNorm, nn.LayerNorm, _BatchNorm, _InstanceNorm)):
+        if module.weight is not None:
+            init.ones_(module.weight)
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+    elif isinstance(module, T3DEncoder):
+        module.initialize_parameters()
+        return
+    else:
+        return
+    if module.bias is not None:
+        init.zeros_(module.bias)
+
+
+@contextmanager
+def frozen_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
+    """
+    Within it, batch norms of `module` in training mode normalise as ever but leave their running statistics alone.
+
+    `track_running_stats` stays as it is: without it, a recomputed block would save fewer tensors than the first run.
+    """
+    batch_norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
+    saved = [(child.momentum, child.num_batches_tracked) for child in batch_norms]
+    for child in batch_norms:
+        child.momentum, child.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for child, (momentum, num_batches_tracked) in zip(batch_norms, saved, strict=True):
+            child.momentum, child.num_batches_tracked = momentum, num_batches_tracked
+
+
+def checkpoint_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """
+    Contexts of the first run and of the recomputation of an activation-checkpointed block of `module`: the second must
+    not count the same batch into the running statistics again. Pass it as
+    `context_fn=partial(checkpoint_contexts, module)` to a non-reentrant `torch.utils.checkpoint.checkpoint`.
+    """
+    return nullcontext(), frozen_batch_norm_statistics(module)
+
+
+__all__ = [
+    "ENCODERS",
+    "T3DEncoder",
+    "T3DEncoderBlock",
+    "T3DEncoderOutput",
+    "T3DResNet",
+    "T3DViT",
+    "build_encoder",
+    "checkpoint_contexts",
+    "frozen_batch_norm_statistics",
+    "initialize_encoder_module",
+    "sincos_positions",
+]
