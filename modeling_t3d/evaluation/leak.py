@@ -1,0 +1,165 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Leak control of the multi-view alignment: how much of its loss falls without any information in the views.
+
+Views are shuffled independently over the batch while reports stay; what the loss still gains comes from the query alone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Below this distance from ln n the denominator is noise, and the ratio is undefined.
+MINIMUM_GAIN = 0.05
+# What belongs to a view and therefore moves with it.
+VIEW_KEYS = ("local_pixel_values", "local_mask", "local_positions")
+
+
+@dataclass(frozen=True)
+class LeakReport:
+    """Losses of the multi-view alignment with true and with shuffled views.
+
+    Attributes:
+        loss: loss with the views where they belong.
+        loss_shuffled: mean loss over the shuffles.
+        num_candidates: candidates n per anchor (geometric mean where it varies); chance is ln n.
+        leak: `(ln n - loss_shuffled) / (ln n - loss)`, or None while the model gains less than 0.05.
+        num_shuffles: number of shuffles in the mean.
+    """
+
+    loss: float
+    loss_shuffled: float
+    num_candidates: float
+    leak: float | None
+    num_shuffles: int
+
+    def describe(self) -> str:
+        """One line for a log or a table."""
+        leak = "undefined (the loss is within 0.05 of chance)" if self.leak is None else f"{self.leak:.3f}"
+        return (
+            f"TMA loss {self.loss:.3f}, with shuffled views {self.loss_shuffled:.3f}, "
+            f"chance ln n = {math.log(self.num_candidates):.3f}, leak {leak}"
+        )
+
+
+def leak_ratio(loss: float, loss_shuffled: float, num_candidates: float) -> float | None:
+    """Share of the gain over chance that survives shuffled views; None ("undefined") while that gain is below 0.05.
+
+    Args:
+        loss: contrastive loss with the views where they belong.
+        loss_shuffled: the same loss with each view shuffled independently over the batch.
+        num_candidates: candidates n per anchor, `B * S - 1` for the clustering loss.
+
+    Example:
+
+    ```python
+    >>> import math
+    >>> from modeling_t3d.evaluation.leak import leak_ratio
+    >>> round(leak_ratio(loss=1.62, loss_shuffled=math.log(127), num_candidates=127), 3)
+    0.0
+    >>> leak_ratio(loss=4.83, loss_shuffled=4.84, num_candidates=127) is None
+    True
+
+    ```
+    """
+    chance = math.log(num_candidates)
+    gain = chance - loss
+    return None if gain < MINIMUM_GAIN else (chance - loss_shuffled) / gain
+
+
+def shuffle_views(batch: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
+    """The batch with view slot s permuted over the pairs by its own permutation; reports and global views stay.
+
+    Whole volumes shuffled together would prove nothing: views of one volume would still find each other.
+
+    Args:
+        batch: with `local_pixel_values` of shape `(B, S, C, d, h, w)` and, where present, `local_mask` `(B, S)` and
+            `local_positions` `(B, S, 6)`, which move with their view.
+        generator: on the CPU; the permutations are drawn from it.
+    """
+    num_pairs, num_views = batch["local_pixel_values"].shape[:2]
+    sources = torch.stack([torch.randperm(num_pairs, generator=generator) for _ in range(num_views)], dim=1)
+    slots = torch.arange(num_views).expand(num_pairs, num_views)
+    shuffled = dict(batch)
+    for key in VIEW_KEYS:
+        if batch.get(key) is not None:
+            device = batch[key].device
+            shuffled[key] = batch[key][sources.to(device), slots.to(device)]
+    return shuffled
+
+
+def num_tma_candidates(
+    local_mask: torch.Tensor,
+    study_ids: torch.Tensor | None = None,
+    report_ids: torch.Tensor | None = None,
+    num_negative_pairs: int | None = None,
+) -> float:
+    """Candidates per anchor of the clustering loss: `exp(mean_a ln n_a)` over the valid anchors.
+
+    An anchor's candidates are the other valid views of its pair and the valid views of every pair that shares neither
+    study nor report with it (negative ids match nothing).
+
+    Args:
+        local_mask (`torch.Tensor` of shape `(B, S)`): valid views.
+        study_ids, report_ids (`torch.Tensor` of shape `(B,)`, *optional*): equal ids are not negatives of each other.
+        num_negative_pairs: when set, that many other pairs are drawn, so an anchor sees their mean number of views.
+    """
+    counts = local_mask.sum(dim=1).double().cpu()
+    same = torch.eye(len(counts), dtype=torch.bool)
+    for ids in (study_ids, report_ids):
+        if ids is not None:
+            ids = ids.cpu()
+            same |= (ids[:, None] == ids) & (ids[:, None] >= 0)
+    negatives = (~same).double() @ counts
+    if num_negative_pairs is not None:
+        allowed = (~same).double().sum(dim=1)
+        negatives = negatives * (num_negative_pairs / allowed.clamp(min=num_negative_pairs))
+    anchors = torch.where(counts >= 2, counts, 0.0)
+    if anchors.sum() == 0:
+        raise ValueError("no pair of the batch has two valid views: the multi-view alignment has no anchor to check")
+    logs = (counts - 1 + negatives).clamp(min=1).log()
+    return math.exp(float((anchors * logs).sum() / anchors.sum()))
+
+
+@torch.no_grad()
+def measure_leak(
+    model: torch.nn.Module, batch: Mapping[str, Any], *, num_shuffles: int = 1, seed: int = 0
+) -> LeakReport:
+    """Recompute the multi-view alignment of a `T3DForPreTraining` with shuffled views, in evaluation mode.
+
+    Args:
+        model: returns `loss_tma`; its training mode is restored.
+        batch: the model's keyword arguments, with at least two pairs and their local views, on the model's device.
+        num_shuffles: independent shuffles to average.
+        seed: of the shuffles.
+    """
+    if batch.get("local_pixel_values") is None or batch["local_pixel_values"].shape[0] < 2:
+        raise ValueError("the leak control needs local_pixel_values of at least two pairs")
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        loss = float(model(**batch).loss_tma)
+        shuffled = [float(model(**shuffle_views(batch, generator)).loss_tma) for _ in range(num_shuffles)]
+    finally:
+        model.train(was_training)
+    mask = batch.get("local_mask")
+    if mask is None:
+        mask = torch.ones(batch["local_pixel_values"].shape[:2], dtype=torch.bool)
+    candidates = num_tma_candidates(
+        mask, batch.get("study_ids"), batch.get("report_ids"), model.config.tma_negative_pairs
+    )
+    loss_shuffled = sum(shuffled) / len(shuffled)
+    return LeakReport(
+        loss=loss,
+        loss_shuffled=loss_shuffled,
+        num_candidates=candidates,
+        leak=leak_ratio(loss, loss_shuffled, candidates),
+        num_shuffles=num_shuffles,
+    )
+
+
+__all__ = ["LeakReport", "leak_ratio", "measure_leak", "num_tma_candidates", "shuffle_views"]
