@@ -1,0 +1,180 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""A manifest is read as written, and everything wrong with one is refused with the row and the remedy."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from modeling_t3d.data.manifest import ManifestError, read_manifest, split_sentences
+
+REPORT = "The heart is of normal size."
+
+
+def write(folder: Path, rows: list[dict], name: str = "manifest.csv", files: bool = True) -> Path:
+    """A manifest of `rows`; each named volume becomes an empty file."""
+    path = folder / name
+    if files:
+        for row in rows:
+            if row.get("volume"):
+                (folder / row["volume"]).touch()
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl"])
+def test_reads_every_column(tmp_path, name):
+    (tmp_path / "m.nii.gz").touch()
+    as_json = name.endswith("jsonl")
+    labels, masks = {"nodule": 1, "cyst": 0, "stone": None}, {"nodule": "m.nii.gz"}
+    rows = [
+        {
+            "volume": "a.nii.gz",
+            "findings": 'A nodule, 8 mm, in the "left" lung.',
+            "impression": "Nodule.",
+            "patient_id": "p1",
+            "study_id": "s1",
+            "reconstruction": "lung",
+            "split": "validation",
+            "labels": labels if as_json else json.dumps(labels),
+            "masks": masks if as_json else json.dumps(masks),
+            "label:effusion": "1",
+        },
+        {"volume": "b.nii.gz", "findings": REPORT, "impression": "", "patient_id": "p2", "study_id": "s1"},
+    ]
+    manifest = read_manifest(write(tmp_path, rows, name))
+    first, second = manifest.rows
+    assert first.report == 'A nodule, 8 mm, in the "left" lung. Nodule.'
+    assert first.labels == {"nodule": 1, "cyst": 0, "stone": None, "effusion": 1}
+    assert first.masks == {"nodule": tmp_path / "m.nii.gz"}
+    assert (first.volume, first.split, first.reconstruction) == (tmp_path / "a.nii.gz", "validation", "lung")
+    assert second.split == "train"
+    assert second.report == REPORT
+    assert first.study_id != second.study_id, "the same study number of two patients names two studies"
+    assert manifest.split_sizes() == {"validation": 1, "train": 1}
+    assert "nodule" in manifest.label_names()
+
+
+@pytest.mark.parametrize(("sections", "text"), [("both", "A b c d e. F g h i j."), ("impression", "F g h i j.")])
+def test_sections(tmp_path, sections, text):
+    rows = [{"volume": "a.nii", "findings": "A b c d e.", "impression": "F g h i j."}]
+    assert read_manifest(write(tmp_path, rows), sections=sections).rows[0].report == text
+
+
+def test_absolute_paths_and_byte_order_mark(tmp_path):
+    volume = tmp_path / "a.nii"
+    volume.touch()
+    path = tmp_path / "manifest.csv"
+    path.write_text(f"volume,report\n{volume},{REPORT}\n", encoding="utf-8-sig")
+    assert read_manifest(path).rows[0].volume == volume
+
+
+def test_short_reports_are_dropped_and_counted(tmp_path):
+    rows = [{"volume": "a.nii", "report": REPORT}, {"volume": "b.nii", "report": "No change."}]
+    manifest = read_manifest(write(tmp_path, rows))
+    assert [row.number for row in manifest.rows] == [1]
+    assert manifest.dropped_short == [2]
+    assert "dropped 1 rows whose report has fewer than 5 words: rows 2" in manifest.describe()
+    assert len(read_manifest(write(tmp_path, rows), min_report_words=2).rows) == 2
+
+
+def test_labels_without_reports(tmp_path):
+    rows = [{"volume": "a.nii", "label:nodule": 1}]
+    with pytest.raises(ManifestError, match=r"row 1: no text in findings, impression or report"):
+        read_manifest(write(tmp_path, rows))
+    assert read_manifest(write(tmp_path, rows), require_report=False).rows[0].labels == {"nodule": 1}
+
+
+def test_unread_columns_are_named(tmp_path):
+    manifest = read_manifest(write(tmp_path, [{"volume": "a.nii", "report": REPORT, "scanner": "x"}]))
+    assert "columns that are not read: scanner" in manifest.describe()
+
+
+GOOD = {"volume": "a.nii", "report": REPORT}
+OTHER = {"volume": "b.nii", "report": REPORT}
+WRONG = {
+    "no volume column": ([{"path": "a.nii", "report": REPORT}], r"no column 'volume'"),
+    "misspelt column": ([{**GOOD, "patientid": "1"}], r"unknown column 'patientid'; rename it to 'patient_id'"),
+    "empty volume": ([GOOD, {"volume": "", "report": REPORT}], r"row 2 names no volume"),
+    "missing report": ([GOOD, {**OTHER, "report": " "}], r"row 2: no text in .* add it or remove the row"),
+    "only short reports": ([{**GOOD, "report": "Normal."}], r"every report has fewer than 5 words; lower"),
+    "duplicate": ([GOOD, {**GOOD, "volume": "./a.nii"}], r"rows 1 and 2 name the same volume; remove one"),
+    "leak": (
+        [{**GOOD, "patient_id": "7", "split": "train"}, {**OTHER, "patient_id": "7", "split": "test"}],
+        r"rows 1 \('train'\) and 2 \('test'\) are one patient's; put all volumes of a patient into one split",
+    ),
+    "leak by study": (
+        [{**GOOD, "study_id": "7", "split": "train"}, {**OTHER, "study_id": "7", "split": "test"}],
+        r"are one patient's",
+    ),
+    "label value": ([{**GOOD, "label:cyst": "maybe"}], r"row 1: label 'cyst' is 'maybe'; write 1, 0 or nothing"),
+    "labels not JSON": ([{**GOOD, "labels": "nodule"}], r"row 1: labels is not a JSON object"),
+    "missing mask": ([{**GOOD, "masks": "gone.nii"}], r"row 1: the mask 'mask' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_manifests_are_refused(tmp_path, case):
+    rows, message = WRONG[case]
+    with pytest.raises(ManifestError, match=message) as caught:
+        read_manifest(write(tmp_path, rows))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    path = write(tmp_path, [{"volume": f"{name}.nii", "report": REPORT} for name in "abc"], files=False)
+    (tmp_path / "a.nii").touch()
+    with pytest.raises(ManifestError, match=r"row 2: the volume 'b\.nii' is missing \(so are rows 3\); paths are"):
+        read_manifest(path)
+    assert len(read_manifest(path, check_files=False).rows) == 3
+
+
+def test_a_single_section_must_exist(tmp_path):
+    with pytest.raises(ManifestError, match=r"no column 'impression'.* use sections='both'"):
+        read_manifest(write(tmp_path, [GOOD]), sections="impression")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "volume,report\na.nii,one, two\n", r"row 1 has other than 2 cells; quote texts"),
+        ("a.csv", "volume,volume\na,b\n", r"column 'volume' stands twice"),
+        ("a.csv", "volume,report\n", r"no rows"),
+        ("a.jsonl", '{"volume": "a"}\n{oops}\n', r"row 2 is not JSON"),
+        ("a.jsonl", "[1]\n", r"row 1 is not a JSON object"),
+        ("a.txt", "", r"a manifest is a \.csv or a \.jsonl file"),
+    ],
+)
+def test_wrong_syntax_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / name)
+
+
+def test_missing_manifest(tmp_path):
+    with pytest.raises(ManifestError, match=r"no such manifest"):
+        read_manifest(tmp_path / "manifest.csv")
+
+
+def test_missing_split_names_those_that_exist(tmp_path):
+    with pytest.raises(ManifestError, match=r"no row of split 'test'; the splits are 'train' \(1\)"):
+        read_manifest(write(tmp_path, [GOOD])).split("test")
+
+
+def test_sentences():
+    text = "Nodule of 5.2 mm. No effusion!\nIMPRESSION: 1. Nodule. 2. Follow-up?"
+    assert split_sentences(text) == [
+        "Nodule of 5.2 mm.",
+        "No effusion!",
+        "IMPRESSION: 1. Nodule.",
+        "2. Follow-up?",
+    ]
+    assert split_sentences("") == []
