@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Leak control of the multi-view alignment: how much of its loss falls without any information in the views.
 
-Views are shuffled independently over the batch while reports stay; what the loss still gains comes from the query alone.
+Views are shuffled independently over the batch while reports stay; what the loss still gains comes from the query.
 """
 
 import math

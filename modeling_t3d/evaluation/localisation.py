@@ -1,0 +1,263 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Does the text-attention map point at the lesion: pointing accuracy and average precision over local-view tokens.
+
+Attention arrives as an array; boxes are in voxels of the lesion mask's own grid, order (z, y, x).
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .statistics import Interval, average_precision, bootstrap_mean, percentile_interval
+
+# A cell that overlaps a voxel by less than this share of a voxel, by rounding of affines, does not touch it.
+EDGE_TOLERANCE = 1e-3
+
+
+def boxes_from_affines(
+    view_affines: Sequence[np.ndarray], view_size: Sequence[int], mask_affine: np.ndarray
+) -> np.ndarray:
+    """Boxes of local views in voxel edges of the mask grid.
+
+    Args:
+        view_affines: per view a (4, 4) affine from the view's (z, y, x) voxel indices to RAS world mm.
+        view_size: (depth, height, width) of a view in its own voxels.
+        mask_affine (`np.ndarray` of shape `(4, 4)`): from the mask's (z, y, x) indices to RAS world mm.
+
+    Returns:
+        `np.ndarray` of shape `(S, 6)`: z0, y0, x0, z1, y1, x1; voxel i of the mask spans [i, i + 1).
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_t3d.evaluation.localisation import boxes_from_affines
+    >>> mask = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])  # (z, y, x) -> x, y, z, 1 mm
+    >>> boxes_from_affines([mask @ np.diag([2, 2, 2, 1.0])], (4, 4, 4), mask).tolist()  # 2 mm, same first centre
+    [[-0.5, -0.5, -0.5, 7.5, 7.5, 7.5]]
+
+    ```
+    """
+    boxes = []
+    for affine in view_affines:
+        to_mask = np.linalg.inv(np.asarray(mask_affine, dtype=np.float64)) @ np.asarray(affine, dtype=np.float64)
+        linear = to_mask[:3, :3]
+        scale = np.diag(linear)
+        if (scale <= 0).any() or np.abs(linear - np.diag(scale)).max() > 1e-3 * scale.max():
+            raise ValueError(
+                "a view and the lesion mask must share their axes: bring the mask to canonical orientation "
+                "(Volume.to_canonical) before mapping boxes"
+            )
+        # Outer faces lie half a voxel outside the first and last centres; centres i sit at i + 1/2 in voxel edges.
+        start = to_mask[:3, 3] - 0.5 * scale + 0.5
+        boxes.append(np.concatenate([start, start + scale * np.asarray(view_size)]))
+    return np.stack(boxes)
+
+
+def _cell_edges(start: float, stop: float, num_cells: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last mask voxel that each cell along one axis overlaps, clipped to the mask's size."""
+    edges = np.linspace(start, stop, num_cells + 1)
+    first = np.floor(edges[:-1] + EDGE_TOLERANCE)
+    last = np.ceil(edges[1:] - EDGE_TOLERANCE)
+    return np.clip(first, 0, size).astype(np.int64), np.clip(last, 0, size).astype(np.int64)
+
+
+def tokens_touching(mask: np.ndarray, boxes: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """Which tokens of each view overlap the lesion.
+
+    Args:
+        mask (`np.ndarray` of shape `(D, H, W)`): lesion voxels (non-zero), order (z, y, x).
+        boxes (`np.ndarray` of shape `(S, 6)`): views in voxel edges of the mask grid, possibly fractional or outside.
+        grid: (d, h, w) tokens per view.
+
+    Returns:
+        `np.ndarray` of shape `(S, d, h, w)`, bool.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_t3d.evaluation.localisation import tokens_touching
+    >>> mask = np.zeros((4, 4, 4)); mask[3, 0, 0] = 1
+    >>> tokens_touching(mask, np.array([[0, 0, 0, 4, 4, 4]]), (2, 2, 2)).nonzero()[1:]
+    (array([1]), array([0]), array([0]))
+
+    ```
+    """
+    # Sums over any box of voxels are eight look-ups in the padded cumulative sum.
+    total = np.pad(np.asarray(mask) != 0, ((1, 0),) * 3).astype(np.int64)
+    for axis in range(3):
+        total = total.cumsum(axis=axis)
+    touched = np.zeros((len(boxes), *grid), dtype=bool)
+    for view, box in enumerate(np.asarray(boxes, dtype=np.float64)):
+        (z0, z1), (y0, y1), (x0, x1) = (
+            _cell_edges(box[axis], box[axis + 3], grid[axis], mask.shape[axis]) for axis in range(3)
+        )
+        count = 0
+        for z, z_sign in ((z1, 1), (np.minimum(z0, z1), -1)):
+            for y, y_sign in ((y1, 1), (np.minimum(y0, y1), -1)):
+                for x, x_sign in ((x1, 1), (np.minimum(x0, x1), -1)):
+                    count = count + z_sign * y_sign * x_sign * total[np.ix_(z, y, x)]
+        touched[view] = count > 0
+    return touched
+
+
+@dataclass(frozen=True)
+class LocalisationScore:
+    """One lesion in one volume.
+
+    Attributes:
+        pointing: 1 when the maximum over all valid views touches the lesion, else 0 (a share where maxima tie).
+        average_precision: of the tokens that touch the lesion, ranked by attention over all valid views.
+        chance: share of tokens that touch the lesion: the expected value of both for a random map.
+        pointing_within_view: mean of the same over the views that contain the lesion, each with its own maximum.
+        chance_within_view: its chance level.
+    """
+
+    pointing: float
+    average_precision: float
+    chance: float
+    pointing_within_view: float
+    chance_within_view: float
+
+
+def _share_of_maxima_inside(attention: np.ndarray, touched: np.ndarray) -> float:
+    """Expected hit of a maximum drawn among equal ones: a constant map scores chance, not what stands first."""
+    return float(touched[attention == attention.max()].mean())
+
+
+def score_attention(
+    attention: np.ndarray,
+    touched: np.ndarray,
+    view_mask: np.ndarray | None = None,
+    view_weights: np.ndarray | None = None,
+) -> LocalisationScore | None:
+    """Score one attention map against the tokens that touch the lesion.
+
+    Args:
+        attention (`np.ndarray` of shape `(S, d, h, w)`): sums to one within each view.
+        touched (`np.ndarray` of shape `(S, d, h, w)`): from [`tokens_touching`].
+        view_mask (`np.ndarray` of shape `(S,)`, *optional*): valid views.
+        view_weights (`np.ndarray` of shape `(S,)`, *optional*): non-negative weight of each view when views are
+            compared with each other, for instance the softmax of their similarity to the prompt: attention is
+            normalised per view and does not itself say which view matters.
+
+    Returns:
+        `LocalisationScore`, or None when no valid view contains the lesion or the lesion fills all of them.
+    """
+    attention, touched = np.asarray(attention, dtype=np.float64), np.asarray(touched, dtype=bool)
+    if attention.shape != touched.shape or attention.ndim != 4:
+        raise ValueError(f"attention {attention.shape} and lesion tokens {touched.shape} must both be (S, d, h, w)")
+    if not np.isfinite(attention).all():
+        raise ValueError("the attention map holds values that are not finite")
+    if view_mask is not None:
+        keep = np.asarray(view_mask, dtype=bool)
+        attention, touched = attention[keep], touched[keep]
+        view_weights = None if view_weights is None else np.asarray(view_weights)[keep]
+    if not touched.any() or touched.all():
+        return None
+    weighted = attention if view_weights is None else attention * np.reshape(view_weights, (-1, 1, 1, 1))
+    inside = [view for view in range(len(touched)) if touched[view].any()]
+    return LocalisationScore(
+        pointing=_share_of_maxima_inside(weighted, touched),
+        average_precision=average_precision(touched.ravel(), weighted.ravel()),
+        chance=float(touched.mean()),
+        pointing_within_view=float(np.mean([_share_of_maxima_inside(attention[v], touched[v]) for v in inside])),
+        chance_within_view=float(np.mean([touched[view].mean() for view in inside])),
+    )
+
+
+@dataclass(frozen=True)
+class LocalisationSummary:
+    """Means over the scored lesions with patient-level intervals; the chance levels stand beside them.
+
+    Attributes:
+        pointing: accuracy of the maximum over all views.
+        pointing_within_view: accuracy of each view's own maximum, over views that contain the lesion.
+        average_precision: mean area under the precision-recall curve.
+        chance: chance level of `pointing` and `average_precision`.
+        chance_within_view: chance level of `pointing_within_view`.
+        num_scored: lesions scored.
+        num_left_out: lesions outside every view (or filling them all), which cannot be scored.
+    """
+
+    pointing: Interval
+    pointing_within_view: Interval
+    average_precision: Interval
+    chance: float
+    chance_within_view: float
+    num_scored: int
+    num_left_out: int
+
+
+def summarise_localisation(
+    scores: Sequence[LocalisationScore | None],
+    patient_ids: Sequence[Hashable],
+    *,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> LocalisationSummary:
+    """Means over lesions, one score (or None) and one patient id per lesion."""
+    scored = [(score, patient) for score, patient in zip(scores, patient_ids, strict=True) if score is not None]
+    patients = [patient for _, patient in scored]
+    nothing = Interval(value=float("nan"), low=float("nan"), high=float("nan"))
+
+    def interval(name: str) -> Interval:
+        if not scored:
+            return nothing
+        values = np.array([getattr(score, name) for score, _ in scored])
+        replicates = bootstrap_mean(values, patients, num_resamples=num_resamples, seed=seed)
+        return percentile_interval(values.mean(), replicates, confidence)
+
+    return LocalisationSummary(
+        pointing=interval("pointing"),
+        pointing_within_view=interval("pointing_within_view"),
+        average_precision=interval("average_precision"),
+        chance=float(np.mean([score.chance for score, _ in scored])) if scored else float("nan"),
+        chance_within_view=float(np.mean([score.chance_within_view for score, _ in scored]))
+        if scored
+        else float("nan"),
+        num_scored=len(scored),
+        num_left_out=len(scores) - len(scored),
+    )
+
+
+def attention_volume(attention: np.ndarray, boxes: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Paint the attention of the views into a volume: the mean where views overlap, nan where no view looks.
+
+    Args:
+        attention (`np.ndarray` of shape `(S, d, h, w)`): one value per token; a token paints the voxels whose centre
+            lies in its cell.
+        boxes (`np.ndarray` of shape `(S, 6)`): views in voxel edges of the volume's grid.
+        shape: (D, H, W) of the volume.
+
+    Returns:
+        `np.ndarray` of shape `(D, H, W)`, float32.
+    """
+    painted, views = np.zeros(tuple(shape), dtype=np.float32), np.zeros(tuple(shape), dtype=np.int32)
+    for view, box in enumerate(np.asarray(boxes, dtype=np.float64)):
+        rows, cells = [], []
+        for axis in range(3):
+            start, stop = box[axis], box[axis + 3]
+            centres = np.arange(shape[axis]) + 0.5
+            inside = np.flatnonzero((centres >= start) & (centres < stop))
+            cell = (centres[inside] - start) / (stop - start) * attention.shape[axis + 1]
+            rows.append(inside)
+            cells.append(np.minimum(cell.astype(np.int64), attention.shape[axis + 1] - 1))
+        painted[np.ix_(*rows)] += attention[view][np.ix_(*cells)]
+        views[np.ix_(*rows)] += 1
+    return np.divide(painted, views, out=np.full(painted.shape, np.nan, dtype=np.float32), where=views > 0)
+
+
+__all__ = [
+    "LocalisationScore",
+    "LocalisationSummary",
+    "attention_volume",
+    "boxes_from_affines",
+    "score_attention",
+    "summarise_localisation",
+    "tokens_touching",
+]
