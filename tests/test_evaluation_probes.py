@@ -72,19 +72,20 @@ def test_probe_refuses_shared_patients_and_bad_shapes():
         fit_linear_probe(features, labels[:, 0])
 
 
-def test_probe_generalises_and_noise_is_regularised():
-    features, labels = linear_case(seed=1, num_rows=400)
-    noise = np.random.default_rng(2).normal(size=(400, 150))
-    wide = np.concatenate([features, noise], axis=1)
-    train, test = slice(0, 200), slice(200, 400)
-    ids = list(range(400))
+def test_the_penalty_is_chosen_by_the_training_rows():
+    """Many noise features ask for more regularisation than a few good ones, and the choice pays on unseen rows."""
+    features, labels = linear_case(seed=1, num_rows=800)
+    noise = np.random.default_rng(2).normal(size=(800, 60))
+    wide = np.concatenate([(features - features.mean(axis=0)) / features.std(axis=0), noise], axis=1)
+    train, test, ids = slice(0, 100), slice(100, 800), list(range(800))
     scores = probe_findings(
         wide[train], labels[train], wide[test], train_patient_ids=ids[train], test_patient_ids=ids[test]
     )
-    unregularised = fit_linear_probe(wide[train], labels[train], inverse_penalty=1e4).predict(wide[test])
+    loose = fit_linear_probe(wide[train], labels[train], inverse_penalty=1e4).predict(wide[test])
     regular = macro_mean(area_under_roc_per_finding(labels[test], scores)).mean
-    assert regular > macro_mean(area_under_roc_per_finding(labels[test], unregularised)).mean + 0.02
-    assert choose_inverse_penalty(wide[train], labels[train], ids[train]) <= 0.1
+    assert regular > macro_mean(area_under_roc_per_finding(labels[test], loose)).mean + 0.03
+    assert choose_inverse_penalty(wide[train], labels[train], ids[train]) < 1.0
+    assert choose_inverse_penalty(wide[train], labels[train], ["one patient"] * 100, candidates=(1, 2, 3)) == 2
 
 
 def test_shortcut_features_follow_the_header_not_the_storage_order():
