@@ -86,6 +86,7 @@ class T3DVisionConfig(PreTrainedConfig):
         feature_layers (`list[int]`, *optional*):
             ViT: after which layers (1-based, ascending) a feature map is taken; by default each quarter of the depth.
         encoder_options (`dict`, *optional*): settings of an encoder that you registered.
+        provenance (`dict`, *optional*): where the weights come from: source file and its hash, licence.
         initializer_range (`float`, defaults to 0.02): standard deviation of linear layers' initial weights.
 
     Example:
@@ -129,6 +130,7 @@ class T3DVisionConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     feature_layers: list[int] | tuple[int, ...] | None = None
     encoder_options: dict | None = None
+    provenance: dict | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -253,7 +255,7 @@ class T3DConfig(PreTrainedConfig):
     projection_hidden_size: int = 2048
     projection_norm: Literal["layer", "batch"] = "layer"
     contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
-    gca_temperature: float = 0.07
+    gca_temperature: float | int = 0.07
     learnable_temperature: bool = False
     max_logit_scale: float | int = 100.0
     initial_logit_bias: float | int = -10.0
@@ -262,7 +264,7 @@ class T3DConfig(PreTrainedConfig):
     lambda_gca: float | int = 1.0
     lambda_tma: float | int = 1.0
     tma_loss: Literal["supcon"] = "supcon"
-    tma_temperature: float = 0.2
+    tma_temperature: float | int = 0.2
     tma_query: Literal["text", "none", "vision"] = "text"
     tma_negatives: Literal["same_query", "own_query"] = "same_query"
     tma_negative_pairs: int | None = None
