@@ -1,0 +1,517 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""T3DImageProcessor: from volumes (files, arrays, nibabel images) to global views, local views and their positions.
+
+`prepare` does what is the same in every epoch (orientation, intensity check, resampling, body mask) and may be cached;
+`global_view` and `make_views` cut the tensors. Calling the processor does all of it.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
+
+from .geometry_t3d import (
+    SHEAR_TOLERANCE,
+    Box,
+    Volume,
+    VolumeIntensityError,
+    aligned_plan,
+    aligned_positions,
+    crop_affine,
+    grid_plan,
+    independent_plan,
+    normalised_positions,
+    overlapping_plan,
+    spacing_from_affine,
+)
+from .intensity_t3d import (
+    AIR,
+    GAS_BELOW,
+    INTENSITIES,
+    apply_windows,
+    check_declared_range,
+    check_finite,
+    check_hounsfield,
+    padding_values,
+    value_range,
+)
+from .prepared_volume_t3d import LocalViews, PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
+from .volume_transforms_t3d import (
+    AxisSampling,
+    crop,
+    deoblique,
+    find_body,
+    resample,
+    sampled_affine,
+    spacing_sampling,
+    whole_volume_mask,
+)
+
+logger = logging.get_logger(__name__)
+
+PREPARATION_VERSION = 1  # part of `preparation_key`: grows whenever `prepare` gives other voxels
+GLOBAL_FITS = ("body", "crop", "resize")
+VIEW_SAMPLINGS = ("independent", "overlapping", "aligned")
+
+
+class T3DImageProcessorKwargs(ImagesKwargs, total=False):
+    """Fields of [`T3DImageProcessor`] and arguments of its call; see there."""
+
+    spacing: list[float | int] | tuple[float | int, ...] | None
+    global_size: list[int] | tuple[int, ...] | None
+    local_size: list[int] | tuple[int, ...] | None
+    global_fit: str | None
+    global_crop_extent: float | int | None
+    intensity: str | None
+    check_intensity: bool | None
+    windows: list[list[float | int]] | tuple[tuple[float | int, ...], ...] | list[tuple[float | int, ...]] | None
+    num_local_views: int | None
+    view_sampling: str | None
+    view_overlap: float | int | None
+    view_jitter: float | int | None
+    grid_overlap: float | int | None
+    deoblique: bool | None
+    affine: Any
+    volume_spacing: Any
+    volume_axes: Any
+    views: int | str | None
+    seed: int | None
+    return_geometry: bool | None
+
+
+# Arguments of a call, never saved.
+CALL_ARGUMENTS = ("affine", "volume_spacing", "volume_axes", "views", "seed", "return_geometry", "return_tensors")
+# Two-dimensional settings that Transformers' base class offers, and what takes their place here.
+REPLACED_ARGUMENTS = {
+    "size": "global_size",
+    "crop_size": "local_size",
+    "do_resize": "global_fit and spacing",
+    "do_center_crop": 'global_fit="crop"',
+    "do_pad": "global_size",
+    "pad_size": "global_size",
+    "resample": "nothing (resampling is trilinear)",
+    "do_convert_rgb": "windows",
+    "input_data_format": "volume_axes",
+}
+LOADER_ARGUMENTS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
+
+
+class T3DImageProcessor(BaseImageProcessor):
+    r"""
+    Turns 3-D scans into a global view (the body, reduced) and local views (crops at full resolution).
+
+    Sizes and spacings are in tensor order (z, y, x): indices grow towards superior, anterior and right.
+
+    Args:
+        spacing (three floats, mm, defaults to `(1.5, 0.75, 0.75)`): model grid; `None` keeps each scan's own grid.
+        global_size (three ints, defaults to `(128, 256, 256)`): voxels of the global view.
+        local_size (three ints, defaults to `(64, 128, 128)`): voxels of a local view.
+        global_fit (`"body"`, `"crop"` or `"resize"`): the body's box scaled by one factor and padded with air; a cube
+            of `global_crop_extent` mm around the body's centre; the whole volume stretched.
+        global_crop_extent (`float`, mm, defaults to 384): edge of the cube of `global_fit="crop"`.
+        intensity (`"hu"`, `"unit"`, `"uint8"`, `"zscore"` or `"percentile"`): what the voxel values are.
+        check_intensity (`bool`, defaults to `True`): refuse volumes whose values cannot be HU.
+        windows (pairs of HU, defaults to `((-1000, 1000),)`): one channel each, scaled to [-1, 1] and clipped.
+        num_local_views (`int`, defaults to 4): local views per volume in training.
+        view_sampling (`"independent"`, `"overlapping"` or `"aligned"`): where random views lie.
+        view_overlap (`float`, defaults to 0.25): least share of its volume that a view has in common with each other
+            view of its pair under `"overlapping"`.
+        view_jitter (`float`, defaults to 0.05): largest move per axis under `"aligned"`, body box = [-1, 1].
+        grid_overlap (`float`, defaults to 0): least share of a tile's length in common with the next tile.
+        deoblique (`bool`, defaults to `False`): resample rotated scans to the world axes; else they keep their own.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: `do_rescale=False` leaves values unscaled;
+            the factor (1) multiplies the scaled values; the mean and deviation are then taken per channel.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_t3d.image_processing_t3d import T3DImageProcessor
+
+    >>> scan = np.full((40, 40, 20), -1000, dtype=np.int16)  # (x, y, z), as nibabel gives it
+    >>> scan[8:32, 8:32] = 40
+    >>> processor = T3DImageProcessor(spacing=(3, 3, 3), global_size=(16, 16, 16), local_size=(8, 8, 8))
+    >>> inputs = processor(scan, affine=np.diag([3.0, 3.0, 3.0, 1.0]), views=2, seed=0)
+    >>> inputs["pixel_values"].shape, inputs["local_pixel_values"].shape
+    (torch.Size([1, 1, 16, 16, 16]), torch.Size([1, 2, 1, 8, 8, 8]))
+
+    ```
+    """
+
+    valid_kwargs = T3DImageProcessorKwargs
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "local_pixel_values", "local_mask", "local_positions"]
+    default_to_square = None
+    spacing = (1.5, 0.75, 0.75)
+    global_size = (128, 256, 256)
+    local_size = (64, 128, 128)
+    global_fit = "body"
+    global_crop_extent = 384.0
+    intensity = "hu"
+    check_intensity = True
+    windows = ((-1000.0, 1000.0),)
+    num_local_views = 4
+    view_sampling = "independent"
+    view_overlap = 0.25
+    view_jitter = 0.05
+    grid_overlap = 0.0
+    deoblique = False
+    do_rescale = True
+    rescale_factor = 1.0
+    do_normalize = False
+
+    def __init__(self, **kwargs: Unpack[T3DImageProcessorKwargs]):
+        loader = {key: kwargs.pop(key) for key in LOADER_ARGUMENTS if key in kwargs}
+        fields = [key for key in self.valid_kwargs.__annotations__ if key not in CALL_ARGUMENTS]
+        for key in kwargs:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"T3DImageProcessor has no field {key!r}{hint}")
+        super().__init__(**loader)
+        self._set_attributes(**kwargs)
+        if kwargs.get("spacing", 0) is None:  # None is a value of this field, not its absence
+            self.spacing = None
+
+    # ------------------------------------------------------------------------------------------ settings
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        """Lists become tuples; every field is checked, here and nowhere else."""
+        for key, replacement in REPLACED_ARGUMENTS.items():
+            if kwargs.get(key) is not None:
+                raise ValueError(f"{key!r} is a setting of 2-D image processors; use {replacement} instead")
+        for key in ("global_size", "local_size"):
+            kwargs[key] = tuple(kwargs[key])
+            if len(kwargs[key]) != 3 or min(kwargs[key]) < 1:
+                raise ValueError(f"{key} must be three positive numbers of voxels (z, y, x), got {kwargs[key]}")
+        if kwargs["spacing"] is not None:
+            kwargs["spacing"] = tuple(float(step) for step in kwargs["spacing"])
+            if len(kwargs["spacing"]) != 3 or min(kwargs["spacing"]) <= 0:
+                raise ValueError(f"spacing must be three positive mm (z, y, x) or None, got {kwargs['spacing']}")
+        kwargs["windows"] = tuple(tuple(float(end) for end in window) for window in kwargs["windows"])
+        if not kwargs["windows"] or any(len(window) != 2 or window[0] >= window[1] for window in kwargs["windows"]):
+            raise ValueError(f"windows must be pairs (low, high) with low < high, got {kwargs['windows']}")
+        choices = {"global_fit": GLOBAL_FITS, "intensity": INTENSITIES, "view_sampling": VIEW_SAMPLINGS}
+        for key, allowed in choices.items():
+            if kwargs[key] not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {kwargs[key]!r}")
+        for key in ("image_mean", "image_std"):
+            if isinstance(kwargs.get(key), list):
+                kwargs[key] = tuple(kwargs[key])
+        if kwargs.get("do_normalize") and (kwargs.get("image_mean") is None or kwargs.get("image_std") is None):
+            raise ValueError("do_normalize=True needs image_mean and image_std")
+        views = kwargs.get("views")
+        if views is not None and views != "grid" and (not isinstance(views, int) or views < 1):
+            raise ValueError(f'views must be None, a positive number of random views or "grid", got {views!r}')
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        """Nothing is left to check: `_standardize_kwargs` did it."""
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the views: one per window for HU, one for every other intensity."""
+        return len(self.windows) if self.intensity == "hu" else 1
+
+    def preparation_key(self) -> dict[str, Any]:
+        """The settings that `prepare` depends on, for the key of a cache of prepared volumes."""
+        keys = ("spacing", "intensity", "check_intensity", "deoblique")
+        return {"version": PREPARATION_VERSION, **{key: getattr(self, key) for key in keys}}
+
+    def describe(self) -> str:
+        """The whole volume contract in plain words."""
+        spacing = "the scan's own"
+        if self.spacing is not None:
+            spacing = " x ".join(f"{step:g}" for step in self.spacing) + " mm"
+        oblique = "resampled to the world axes" if self.deoblique else "keep their rotation (nearest axes)"
+        fit = {
+            "body": "the body's bounding box, scaled by one factor and padded with air",
+            "crop": f"a {self.global_crop_extent:g} mm cube around the body's centre",
+            "resize": "the whole volume, stretched",
+        }[self.global_fit]
+        values = {
+            "hu": "Hounsfield units; padding becomes -1024; "
+            + ("volumes that cannot be HU are refused; " if self.check_intensity else "not checked; ")
+            + "channels: "
+            + ", ".join(f"{low:g}..{high:g} HU" for low, high in self.windows)
+            + " scaled to [-1, 1] and clipped",
+            "unit": "0..1, scaled to [-1, 1]",
+            "uint8": "0..255, scaled to [-1, 1]",
+            "zscore": "mean 0 and deviation 1 over the foreground of each volume, not clipped",
+            "percentile": "0.5th to 99.5th percentile of each volume, scaled to [-1, 1] and clipped",
+        }[self.intensity]
+        sizes = [" x ".join(str(extent) for extent in size) for size in (self.global_size, self.local_size)]
+        lines = [
+            "axes          (z, y, x), growing towards superior, anterior, right; orientation from the affine",
+            f"obliques      {oblique}",
+            f"intensity     {values}",
+            f"model grid    {spacing}, trilinear, averaged over the new voxel when downsampling",
+            f"global view   {sizes[0]} voxels: {fit}",
+            f"local views   {sizes[1]} voxels on the uncropped model grid; {self.num_local_views} per volume in "
+            f'training, {self.view_sampling} sampling; views="grid" covers all (overlap {self.grid_overlap:g})',
+            "outside       air (-1024 HU), or the declared range's lower end",
+        ]
+        if not self.do_rescale:
+            lines.append("rescale       off: values stay as they are")
+        elif self.rescale_factor != 1.0:
+            lines.append(f"rescale       scaled values are multiplied by {self.rescale_factor:g}")
+        if self.do_normalize:
+            lines.append(f"normalise     minus {self.image_mean}, divided by {self.image_std}")
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------------------------------ prepare
+
+    def prepare(
+        self,
+        image: Any,
+        affine: np.ndarray | None = None,
+        volume_spacing: Sequence[float] | None = None,
+        volume_axes: str | None = None,
+        name: str = "the volume",
+    ) -> PreparedVolume:
+        """Everything that does not change between epochs: orientation, intensity check, model grid, body.
+
+        Args:
+            image: path, numpy array, tensor, nibabel image or `Volume`; a `PreparedVolume` is returned as it is.
+            affine (`np.ndarray` of shape `(4, 4)`): for an array, its own index order to RAS+ world (x, y, z) in mm.
+            volume_spacing, volume_axes: for an array without affine: mm per axis, and the direction in which each
+                axis grows, such as `"SAR"` for (z, y, x).
+            name (`str`): what messages call a volume that came without a path.
+
+        Returns:
+            [`PreparedVolume`]
+        """
+        from .volume_io_t3d import to_volume
+
+        if isinstance(image, PreparedVolume):
+            return image
+        volume: Volume = to_volume(image, affine=affine, spacing=volume_spacing, axes=volume_axes)
+        name = volume.source or name
+        volume = volume.to_canonical()
+        array, warnings = volume.array, list(volume.warnings)
+        check_finite(array, name)
+        if self.intensity == "hu":
+            padding = check_hounsfield(array, name) if self.check_intensity else padding_values(array)
+            if padding:
+                # Each padding value is the minimum of what the ones before it left over.
+                array = np.where(array <= padding[-1], np.asarray(AIR, dtype=array.dtype), array)
+            limits, outside = None, AIR
+        else:
+            check_declared_range(array, self.intensity, name)
+            limits = value_range(array, self.intensity)
+            outside = float(array.min()) if self.intensity == "zscore" else limits[0]
+        array, affine = self._to_model_grid(array, volume, outside)
+        if self.intensity == "hu":
+            body = find_body(array, spacing_from_affine(affine), GAS_BELOW)
+            if body is None:
+                raise VolumeIntensityError(f"{name}: no body found, nothing exceeds {GAS_BELOW:.0f} HU over 6 mm")
+            array = np.clip(np.rint(array), -32768, 32767).astype(np.int16) if array.dtype != np.int16 else array
+        else:
+            threshold = limits[0] + 0.1 * (limits[1] - limits[0])
+            if self.intensity == "zscore":
+                threshold = 0.9 * float(array.min()) + 0.1 * limits[1]
+            body = find_body(array, spacing_from_affine(affine), threshold) or whole_volume_mask(array.shape)
+        return PreparedVolume(array, affine, body, limits, outside, volume.source, tuple(warnings))
+
+    def _to_model_grid(self, array: np.ndarray, volume: Volume, outside: float) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels (float32, or the input's int16 where no resampling is needed) and affine on the model grid."""
+        spacing = self.spacing or volume.spacing
+        samplings = [spacing_sampling(*axis) for axis in zip(array.shape, volume.spacing, spacing, strict=True)]
+        affine = sampled_affine(volume.affine, samplings)
+        # Off-diagonal entries of an upright grid are zero in (z, y, x) order reversed to (x, y, z).
+        rotation = affine[:3, 2::-1] / np.asarray(volume.spacing)[::-1]
+        tilted = np.abs(rotation - np.diag(np.diag(rotation))).max() > SHEAR_TOLERANCE
+        identity = all(sampling.is_identity for sampling in samplings)
+        if identity and not (self.deoblique and tilted):
+            wanted = np.int16 if array.dtype == np.int16 and self.intensity == "hu" else np.float32
+            return np.array(array, dtype=wanted, order="C"), affine
+        values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        if not identity:
+            values = resample(values, samplings)
+        if self.deoblique and tilted:
+            values, affine = deoblique(values, affine, spacing, outside)
+        return values.numpy(), affine
+
+    # ------------------------------------------------------------------------------------------ views
+
+    def _channels(self, values: torch.Tensor, prepared: PreparedVolume) -> torch.Tensor:
+        """(depth, height, width) in the volume's unit -> (channels, depth, height, width) as the model wants it."""
+        windows = self.windows if prepared.value_range is None else (prepared.value_range,)
+        if self.do_rescale:
+            channels = apply_windows(values, windows, clip=self.intensity != "zscore")
+            if self.rescale_factor != 1.0:
+                channels *= self.rescale_factor
+        else:
+            channels = values.expand(len(windows), *values.shape).clone()
+        if self.do_normalize:
+            mean, deviation = (torch.as_tensor(x, dtype=torch.float32) for x in (self.image_mean, self.image_std))
+            channels = (channels - mean.reshape(-1, 1, 1, 1)) / deviation.reshape(-1, 1, 1, 1)
+        return channels
+
+    def _global_frame(self, prepared: PreparedVolume) -> tuple[list[AxisSampling], Box]:
+        return global_frame(prepared, self.global_fit, self.global_size, self.spacing, self.global_crop_extent)
+
+    def global_view(self, prepared: PreparedVolume) -> torch.Tensor:
+        """The global view (channels, depth, height, width) of a prepared volume, float32."""
+        samplings, allowed = self._global_frame(prepared)
+        if self.global_fit == "crop":
+            _, lost = frame_loss(prepared, samplings, allowed)
+            if lost:
+                logger.warning_once(
+                    f"{prepared.source or 'a volume'}: global_fit='crop' leaves {lost} voxels of the body out of the "
+                    "global view; use global_fit='body' or a larger global_crop_extent to keep them"
+                )
+        return self._channels(cut_frame(prepared, samplings, allowed), prepared)
+
+    def geometry(self, prepared: PreparedVolume, boxes: Sequence[Box] = ()) -> ViewGeometry:
+        """Where the global view, and local views in `boxes`, lie; what the global view leaves out."""
+        samplings, allowed = self._global_frame(prepared)
+        discarded, lost = frame_loss(prepared, samplings, allowed)
+        return ViewGeometry(
+            spacing=prepared.spacing,
+            shape=tuple(prepared.array.shape),
+            body_box=prepared.body_box,
+            affine=prepared.affine,
+            global_affine=sampled_affine(prepared.affine, samplings),
+            global_scale=tuple(sampling.step for sampling in samplings),
+            discarded_mm=discarded,
+            discarded_body_voxels=lost,
+            local_boxes=tuple(boxes),
+            local_affines=tuple(crop_affine(prepared.affine, box.start) for box in boxes),
+            source=prepared.source,
+            warnings=prepared.warnings,
+        )
+
+    def make_views(
+        self,
+        prepared: PreparedVolume,
+        views: int | str,
+        generator: np.random.Generator | int | None = None,
+        positions: np.ndarray | None = None,
+    ) -> LocalViews:
+        """Local views: `views` random ones, or `"grid"` for tiles that cover the whole uncropped volume.
+
+        Args:
+            prepared ([`PreparedVolume`]): what `prepare` returned.
+            views (`int` or `"grid"`): how many, or all tiles.
+            generator (`np.random.Generator` or a seed): draws where random views lie.
+            positions (`np.ndarray` of shape `(views, 3)`): for `view_sampling="aligned"`, the normalised centres that
+                the batch shares (`aligned_positions`); drawn from the generator when not given, which aligns nothing.
+
+        Returns:
+            [`LocalViews`]
+        """
+        shape, size, body = prepared.array.shape, self.local_size, prepared.body
+        if views == "grid":
+            boxes = grid_plan(shape, size, self.grid_overlap)
+        else:
+            if not isinstance(generator, np.random.Generator):
+                generator = np.random.default_rng(generator)
+            if self.view_sampling == "aligned":
+                positions = aligned_positions(views, generator) if positions is None else positions
+                boxes = aligned_plan(shape, size, positions, body.box, generator, jitter=self.view_jitter)
+            elif self.view_sampling == "overlapping":
+                overlap = self.view_overlap
+                boxes = overlapping_plan(shape, size, views, body.box, generator, body, minimum_overlap=overlap)
+            else:
+                boxes = independent_plan(shape, size, views, body.box, generator, body)
+        tiles = [self._channels(crop(prepared.array, box, prepared.outside), prepared) for box in boxes]
+        return LocalViews(torch.stack(tiles), torch.from_numpy(normalised_positions(boxes, body.box)), boxes)
+
+    # ------------------------------------------------------------------------------------------ call
+
+    def fetch_images(self, images: Any) -> Any:
+        """Leaves images as they are: `prepare` opens paths, and a volume is not a PIL image."""
+        return images
+
+    def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
+        call = {key: kwargs.pop(key, None) for key in CALL_ARGUMENTS}
+        processor = copy(self)
+        for key, value in kwargs.items():
+            setattr(processor, key, value)
+        return processor._process(_flatten(images), **call)
+
+    def _process(
+        self,
+        images: list[Any],
+        affine: Any,
+        volume_spacing: Any,
+        volume_axes: Any,
+        views: int | str | None,
+        seed: int | None,
+        return_geometry: bool | None,
+        return_tensors: str | None,
+    ) -> BatchFeature:
+        affines = _per_image(affine, len(images), "affine", lambda value: np.ndim(value) == 2)
+        spacings = _per_image(volume_spacing, len(images), "volume_spacing", lambda value: np.ndim(value) == 1)
+        axes = _per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        shared = None
+        if isinstance(views, int) and self.view_sampling == "aligned":
+            shared = aligned_positions(views, np.random.default_rng((seed, len(images), 0)))
+        pixel_values, local_views, geometry = [], [], []
+        for index, image in enumerate(images):
+            prepared = self.prepare(image, affines[index], spacings[index], axes[index], name=f"volume {index}")
+            pixel_values.append(self.global_view(prepared))
+            if views is not None:
+                local_views.append(self.make_views(prepared, views, np.random.default_rng((seed, index)), shared))
+            geometry.append(self.geometry(prepared, local_views[-1].boxes if views is not None else ()))
+        data: dict[str, Any] = {"pixel_values": torch.stack(pixel_values)}
+        if views is not None:
+            data.update(self.stack_views(local_views))
+        if getattr(self, "device", None) is not None:
+            data = {key: value.to(self.device) for key, value in data.items()}
+        if return_tensors is not None and str(getattr(return_tensors, "value", return_tensors)) == "np":
+            data = {key: value.numpy() for key, value in data.items()}
+        if return_geometry:
+            data["geometry"] = geometry
+        return BatchFeature(data=data)
+
+    def stack_views(self, local_views: Sequence[LocalViews]) -> dict[str, torch.Tensor]:
+        """One batch from volumes with different numbers of views; what is added is zero and masked out.
+
+        Returns:
+            `local_pixel_values` (batch, views, channels, depth, height, width), `local_mask` (batch, views) bool, and
+            `local_positions` (batch, views, 6).
+        """
+        most = max(len(views.boxes) for views in local_views)
+        first = local_views[0].pixel_values
+        shape = (len(local_views), most, *first.shape[1:])
+        pixel_values = first.new_full(shape, 0.0)
+        mask = torch.zeros(shape[:2], dtype=torch.bool)
+        positions = torch.zeros(*shape[:2], 6)
+        for index, views in enumerate(local_views):
+            count = len(views.boxes)
+            pixel_values[index, :count] = views.pixel_values
+            mask[index, :count] = True
+            positions[index, :count] = views.positions
+        return {"local_pixel_values": pixel_values, "local_mask": mask, "local_positions": positions}
+
+
+def _flatten(images: Any) -> list[Any]:
+    """Lists of images, nested ([sample][image]) or not, as one list; empty inner lists vanish."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    flat = [image for entry in images for image in (_flatten(entry) if isinstance(entry, (list, tuple)) else [entry])]
+    if not flat:
+        raise ValueError("no images were given; pass at least one volume")
+    return flat
+
+
+def _per_image(value: Any, count: int, name: str, is_single: Callable[[Any], bool]) -> list[Any]:
+    """One entry per image, from one value for all or a list of them."""
+    if value is None or is_single(value):
+        return [value] * count
+    entries = list(value)
+    if len(entries) != count:
+        raise ValueError(f"{name} has {len(entries)} entries for {count} images; give one each, or one for all")
+    return entries
+
+
+__all__ = ["LocalViews", "PreparedVolume", "T3DImageProcessor", "T3DImageProcessorKwargs", "ViewGeometry"]

@@ -1,0 +1,228 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""PreparedVolume, a volume on the model grid that can be cached on disk; the global view's frame and its geometry.
+
+Which views a model wants, and their intensities, are left to `image_processing_t3d`.
+"""
+
+import base64
+import json
+import math
+import os
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .geometry_t3d import Box, VolumeGeometryError, spacing_from_affine
+from .intensity_t3d import AIR
+from .volume_transforms_t3d import AxisSampling, BodyMask, crop, resample
+
+
+@dataclass(eq=False)
+class PreparedVolume:
+    """One volume on the model grid: everything that views are cut from. Picklable; `save` and `load` for a cache.
+
+    Args:
+        array (`np.ndarray` of shape `(depth, height, width)`): int16 HU, or float32 in the declared unit.
+        affine (`np.ndarray` of shape `(4, 4)`): (z, y, x) voxel index to RAS+ world (x, y, z) in mm.
+        body (`BodyMask`): where the body lies.
+        value_range (two floats): values that become -1 and 1; `None` for HU, which the processor's windows scale.
+        outside (`float`): value of what lies beyond the volume.
+        source (`str`): the path as given, if there was one.
+        warnings (`tuple[str, ...]`): what was noticed or changed on the way.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    body: BodyMask
+    value_range: tuple[float, float] | None = None
+    outside: float = AIR
+    source: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size (z, y, x) in mm."""
+        return spacing_from_affine(self.affine)
+
+    @property
+    def body_box(self) -> Box:
+        """Bounding box of the body, in voxels."""
+        return self.body.box
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `<path>.npy`, then `<path>.json`, under a temporary name first: a reader never sees half a file."""
+        facts = {
+            "shape": self.array.shape,
+            "dtype": str(self.array.dtype),
+            "affine": self.affine.tolist(),
+            "body": {
+                "cells": base64.b64encode(zlib.compress(np.packbits(self.body.cells).tobytes())).decode(),
+                "num_cells": self.body.cells.shape,
+                "cell": self.body.cell,
+                "start": self.body.box.start,
+                "stop": self.body.box.stop,
+            },
+            "value_range": self.value_range,
+            "outside": self.outside,
+            "source": self.source,
+            "warnings": self.warnings,
+        }
+        temporary = f"{path}.{uuid.uuid4().hex}.temporary"
+        with open(temporary, "wb") as file:
+            np.save(file, self.array)
+        os.replace(temporary, f"{path}.npy")
+        Path(temporary).write_text(json.dumps(facts))
+        os.replace(temporary, f"{path}.json")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, mmap: bool = True) -> "PreparedVolume":
+        """Reads what `save` wrote; with `mmap` voxels stay on disk until a view asks for them."""
+        facts = json.loads(Path(f"{path}.json").read_text())
+        array = np.load(f"{path}.npy", mmap_mode="r" if mmap else None)
+        if [*array.shape] != facts["shape"] or str(array.dtype) != facts["dtype"]:
+            raise VolumeGeometryError(f"{path}.npy does not belong to {path}.json; delete both and prepare again")
+        body = facts["body"]
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(body["cells"])), dtype=np.uint8)
+        cells = np.unpackbits(bits, count=int(np.prod(body["num_cells"]))).astype(bool).reshape(body["num_cells"])
+        box = Box(tuple(body["start"]), tuple(body["stop"]))
+        return cls(
+            array=array,
+            affine=np.asarray(facts["affine"], dtype=np.float64),
+            body=BodyMask(cells, tuple(body["cell"]), box, array.shape),
+            value_range=None if facts["value_range"] is None else tuple(facts["value_range"]),
+            outside=facts["outside"],
+            source=facts["source"],
+            warnings=tuple(facts["warnings"]),
+        )
+
+
+class LocalViews(NamedTuple):
+    """Local views of one volume: values (views, channels, depth, height, width), positions (views, 6) and boxes."""
+
+    pixel_values: torch.Tensor
+    positions: torch.Tensor
+    boxes: tuple[Box, ...]
+
+
+@dataclass(eq=False)
+class ViewGeometry:
+    """Where the views of one volume lie in the world.
+
+    Args:
+        spacing (three floats, z y x, mm): of the model grid, which local views lie on.
+        shape (three ints, z y x): of the model grid.
+        body_box (`Box`): of the body, in voxels of the model grid.
+        affine (`np.ndarray` of shape `(4, 4)`): of the model grid, (z, y, x) index to RAS+ world (x, y, z) in mm.
+        global_affine (`np.ndarray` of shape `(4, 4)`): of `pixel_values`.
+        global_scale (three floats, z y x): voxel size of the global view over that of the model grid.
+        discarded_mm (three pairs of floats, z y x): left out of the global view at the low and the high end.
+        discarded_body_voxels (`int`): voxels of the body (model grid) that the global view leaves out.
+        local_boxes, local_affines: of each local view, in voxels of the model grid and to the world.
+        source, warnings: from the prepared volume.
+    """
+
+    spacing: tuple[float, float, float]
+    shape: tuple[int, int, int]
+    body_box: Box
+    affine: np.ndarray
+    global_affine: np.ndarray
+    global_scale: tuple[float, float, float]
+    discarded_mm: tuple[tuple[float, float], ...]
+    discarded_body_voxels: int
+    local_boxes: tuple[Box, ...] = ()
+    local_affines: tuple[np.ndarray, ...] = ()
+    source: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def global_frame(
+    prepared: PreparedVolume,
+    fit: str,
+    size: Sequence[int],
+    spacing: Sequence[float] | None,
+    crop_extent: float,
+) -> tuple[list[AxisSampling], Box]:
+    """Where the global view samples the model grid, and the box of voxels that it may use (beyond it is air).
+
+    Args:
+        prepared (`PreparedVolume`): the volume.
+        fit (`"body"`, `"crop"` or `"resize"`): as in `T3DImageProcessor`.
+        size (three ints, z y x): voxels of the global view.
+        spacing (three floats, z y x, or `None`): of the model grid, which gives the proportions of the view's voxels.
+        crop_extent (`float`, mm): edge of the cube of `fit="crop"`.
+    """
+    shape, steps_mm = prepared.array.shape, prepared.spacing
+    whole, body = Box((0, 0, 0), shape), prepared.body_box
+    if fit == "resize":
+        steps, middle, allowed = [n / g for n, g in zip(shape, size, strict=True)], whole.center, whole
+    elif fit == "crop":
+        steps = [crop_extent / g / s for g, s in zip(size, steps_mm, strict=True)]
+        middle, allowed = body.center, whole
+    else:
+        # One factor for all axes. Without a model grid the view is a cube of mm, as it is with the default settings.
+        unit = spacing or [1.0 / g for g in size]
+        extents = [b * s for b, s in zip(body.size, steps_mm, strict=True)]
+        factor = max(e / (g * u) for e, g, u in zip(extents, size, unit, strict=True))
+        steps = [factor * u / s for u, s in zip(unit, steps_mm, strict=True)]
+        middle, allowed = body.center, body
+    samplings = [
+        AxisSampling(center - 0.5 - step * (count - 1) / 2, step, count)
+        for center, step, count in zip(middle, steps, size, strict=True)
+    ]
+    return samplings, allowed
+
+
+def cut_frame(prepared: PreparedVolume, samplings: Sequence[AxisSampling], allowed: Box) -> torch.Tensor:
+    """Samples a volume on a frame; samples centred outside the allowed voxels are the volume's outside value.
+
+    Returns:
+        `torch.Tensor` of the samplings' counts, float32, in the volume's unit.
+    """
+    inner, where, start, stop = [], [], [], []
+    for axis, sampling in enumerate(samplings):
+        positions = sampling.start + sampling.step * np.arange(sampling.count)
+        low, high = allowed.start[axis] - 0.5, allowed.stop[axis] - 0.5
+        used = np.flatnonzero((positions > low - 1e-6) & (positions < high + 1e-6))
+        first, last = int(used[0]), int(used[-1])
+        where.append(slice(first, last + 1))
+        # Only the voxels under the samples and under the width over which they are averaged are read.
+        reach = sampling.step / 2 + 2
+        start.append(max(allowed.start[axis], math.floor(positions[first] - reach)))
+        stop.append(min(allowed.stop[axis], math.ceil(positions[last] + reach) + 1))
+        inner.append(AxisSampling(float(positions[first]) - start[axis], sampling.step, len(used)))
+    values = resample(crop(prepared.array, Box(tuple(start), tuple(stop)), prepared.outside), inner)
+    size = tuple(sampling.count for sampling in samplings)
+    if values.shape == size:
+        return values
+    frame = torch.full(size, float(prepared.outside))
+    frame[tuple(where)] = values
+    return frame
+
+
+def frame_loss(
+    prepared: PreparedVolume, samplings: Sequence[AxisSampling], allowed: Box
+) -> tuple[tuple[tuple[float, float], ...], int]:
+    """What a frame leaves out: mm at the low and high end of each axis (z, y, x), and voxels of the body."""
+    discarded, cells = [], prepared.body.cells
+    for axis, sampling in enumerate(samplings):
+        first = sampling.start - sampling.step / 2 + 0.5  # edges: voxel k covers [k, k + 1)
+        low = max(0.0, first, float(allowed.start[axis]))
+        high = min(first + sampling.step * sampling.count, float(allowed.stop[axis]))
+        extent, step = prepared.array.shape[axis], prepared.spacing[axis]
+        discarded.append((low * step, max(0.0, extent - high) * step))
+        edges = np.minimum(np.arange(cells.shape[axis] + 1) * prepared.body.cell[axis], extent)
+        middles = (edges[1:] + edges[:-1]) / 2
+        inside = (middles >= low - 1e-6) & (middles <= high + 1e-6)
+        cells = cells & inside.reshape([-1 if other == axis else 1 for other in range(3)])
+    lost_cells = int(prepared.body.cells.sum()) - int(cells.sum())
+    return tuple(discarded), lost_cells * math.prod(prepared.body.cell)
+
+
+__all__ = ["LocalViews", "PreparedVolume", "ViewGeometry", "cut_frame", "frame_loss", "global_frame"]
