@@ -1,0 +1,151 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""T3DProcessor: the image processor and a tokenizer as one, with the report's sections and the prompt templates.
+
+Which part of a report is text, how long it may be and how a label becomes a prompt are saved with the checkpoint, so
+that training and evaluation cannot disagree.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import BatchEncoding
+
+from .image_processing_t3d import T3DImageProcessorKwargs
+
+REPORT_SECTIONS = ("both", "findings", "impression")
+PRESENT_TEMPLATE = "{} is present."
+ABSENT_TEMPLATE = "{} is not present."
+
+
+def compose_report(
+    findings: str | None, impression: str | None, sections: str = "both", min_report_words: int = 5
+) -> str | None:
+    """The text of one report: findings, then impression where both exist.
+
+    Args:
+        findings, impression (`str`): the two sections; `None` or blank where the report lacks one.
+        sections (`"both"`, `"findings"` or `"impression"`): which of them make the text. Under `"both"` one is enough.
+        min_report_words (`int`, defaults to 5): a shorter text is no report.
+
+    Returns:
+        `str`, white space collapsed; `None` when too little is left, which the caller drops and counts.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.processing_t3d import compose_report
+
+    >>> compose_report("Small left effusion.", "Effusion, no pneumothorax.")
+    'Small left effusion. Effusion, no pneumothorax.'
+    >>> compose_report("Normal.", None) is None
+    True
+
+    ```
+    """
+    if sections not in REPORT_SECTIONS:
+        raise ValueError(f"sections must be one of {', '.join(REPORT_SECTIONS)}, got {sections!r}")
+    chosen = {"both": (findings, impression), "findings": (findings,), "impression": (impression,)}[sections]
+    words = " ".join(text for text in chosen if text).split()
+    return " ".join(words) if len(words) >= max(1, min_report_words) else None
+
+
+class T3DProcessorKwargs(ProcessingKwargs, total=False):
+    """Arguments of a call, by modality."""
+
+    images_kwargs: T3DImageProcessorKwargs
+
+
+class T3DProcessor(ProcessorMixin):
+    r"""
+    One object for both modalities: `processor(images=..., text=..., views=...)`.
+
+    Args:
+        image_processor ([`T3DImageProcessor`]): volumes to views; its call arguments (`affine`, `views`, `seed` ...)
+            are taken by this processor's call too.
+        tokenizer (any Hugging Face tokenizer): text to `input_ids`; it pads to the longest and returns tensors.
+        report_sections (`"both"`, `"findings"` or `"impression"`): which sections of a report are its text.
+        min_report_words (`int`, defaults to 5): shorter reports are dropped and counted.
+        max_report_tokens (`int`, defaults to 512): longer reports are truncated and counted.
+        present_template, absent_template (`str`): how a label becomes a pair of prompts.
+
+    Example:
+
+    ```python
+    >>> import modeling_t3d
+    >>> from transformers import AutoProcessor
+
+    >>> processor = AutoProcessor.from_pretrained("path/to/checkpoint")  # doctest: +SKIP
+    >>> inputs = processor(images="chest.nii.gz", text=["Emphysema is present."], views="grid")  # doctest: +SKIP
+
+    ```
+    """
+
+    valid_processor_kwargs = T3DProcessorKwargs
+    skip_tensor_conversion = (*ProcessorMixin.skip_tensor_conversion, "geometry")
+    text_kwargs = {"padding": True, "return_tensors": "pt"}  # noqa: RUF012 (the name and form that Transformers reads)
+    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        report_sections: str = "both",
+        min_report_words: int = 5,
+        max_report_tokens: int = 512,
+        present_template: str = PRESENT_TEMPLATE,
+        absent_template: str = ABSENT_TEMPLATE,
+        **kwargs: Any,
+    ):
+        if report_sections not in REPORT_SECTIONS:
+            raise ValueError(f"report_sections must be one of {', '.join(REPORT_SECTIONS)}, got {report_sections!r}")
+        for name, template in (("present_template", present_template), ("absent_template", absent_template)):
+            if template.count("{}") != 1:
+                raise ValueError(f"{name} must hold {{}} exactly once, got {template!r}")
+        self.report_sections = report_sections
+        self.min_report_words = min_report_words
+        self.max_report_tokens = max_report_tokens
+        self.present_template = present_template
+        self.absent_template = absent_template
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def compose_report(self, findings: str | None, impression: str | None) -> str | None:
+        """The text of a report under this processor's settings; `None` if it is too short."""
+        return compose_report(findings, impression, self.report_sections, self.min_report_words)
+
+    def encode_reports(self, reports: Sequence[str]) -> tuple[BatchEncoding, int]:
+        """Tokenizes reports, truncated to `max_report_tokens` (or to what the tokenizer's model takes, if less).
+
+        Returns:
+            The padded encoding, as tensors, and the number of reports that were truncated.
+        """
+        limit = min(self.max_report_tokens, self.tokenizer.model_max_length)
+        lengths = [len(ids) for ids in self.tokenizer(list(reports), verbose=False)["input_ids"]]
+        encoding = self.tokenizer(
+            list(reports), padding=True, truncation=True, max_length=limit, return_tensors="pt", verbose=False
+        )
+        return encoding, sum(length > limit for length in lengths)
+
+    def make_prompts(self, labels: Sequence[str]) -> tuple[list[str], list[str]]:
+        """One prompt that says a label is present and one that says it is not, for each label."""
+        if isinstance(labels, str) or not labels or not all(label.strip() for label in labels):
+            raise ValueError(f"labels must be a non-empty list of names, got {labels!r}")
+        present = [self.present_template.replace("{}", label) for label in labels]
+        absent = [self.absent_template.replace("{}", label) for label in labels]
+        return present, absent
+
+    def describe(self) -> str:
+        """The whole contract of inputs in plain words: volumes, reports and prompts."""
+        sections = {"both": "findings then impression", "findings": "findings", "impression": "impression"}
+        return "\n".join(
+            [
+                self.image_processor.describe(),
+                f"reports       {sections[self.report_sections]}; fewer than {self.min_report_words} words: dropped; "
+                f"more than {self.max_report_tokens} tokens: truncated",
+                f"prompts       {self.present_template!r} against {self.absent_template!r}",
+            ]
+        )
+
+
+__all__ = ["ABSENT_TEMPLATE", "PRESENT_TEMPLATE", "T3DProcessor", "T3DProcessorKwargs", "compose_report"]
