@@ -40,6 +40,10 @@ class VolumeIntensityError(VolumeError):
     """The values of a volume are not what the caller declared (not HU, NaN)."""
 
 
+class VolumeReadError(VolumeError):
+    """A file or folder cannot be read right; the message begins with the path as the user gave it."""
+
+
 def _round_spacing(value: float) -> float:
     scale = 10.0 ** -math.floor(math.log10(value))
     return round(value * scale * SPACING_STEPS) / (SPACING_STEPS * scale)
@@ -452,6 +456,7 @@ __all__ = [
     "VolumeError",
     "VolumeGeometryError",
     "VolumeIntensityError",
+    "VolumeReadError",
     "affine_from_axes",
     "aligned_plan",
     "aligned_positions",

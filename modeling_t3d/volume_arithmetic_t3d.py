@@ -1,0 +1,104 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What readers do to voxels in memory: apply a header's rescale and bring a sheared grid to right angles.
+
+Which numbers apply is decided by the readers; orientation is left to `Volume.to_canonical`.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from .geometry_t3d import SHEAR_TOLERANCE, Volume, axis_directions, check_spacing
+
+
+def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Stored numbers to values: int16 (or int32) where nothing is lost by it, else float32; never float64.
+
+    Args:
+        stored: any shape, integer or floating point.
+        slope: factor of the header.
+        intercept: what the header adds after it.
+
+    Example:
+        >>> rescale(np.array([0, 4095], dtype=np.uint16), 1.0, -1024.0)
+        array([-1024,  3071], dtype=int16)
+    """
+    if stored.dtype.kind in "iub" and float(slope).is_integer() and float(intercept).is_integer():
+        factor, offset = int(slope), int(intercept)
+        lowest, highest = int(stored.min()), int(stored.max())
+        bounds = (lowest, highest, lowest * factor + offset, highest * factor + offset, factor, offset)
+        for dtype in (np.int16, np.int32):
+            if np.iinfo(dtype).min <= min(bounds) and max(bounds) <= np.iinfo(dtype).max:
+                values = stored.astype(dtype)  # always a copy: never the memory map of a file
+                # Integer arithmetic wraps: a product outside the type comes back when the offset brings it inside.
+                if factor != 1:
+                    values *= factor
+                if offset != 0:
+                    values += offset
+                return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = stored.astype(np.float32)
+        if slope != 1:
+            values *= np.float32(slope)
+        if intercept != 0:
+            values += np.float32(intercept)
+    return values
+
+
+def _shift_lines(array: np.ndarray, along: int, by: int, voxels: float, fill: float) -> tuple[np.ndarray, float]:
+    """Move the lines along one axis by `voxels` per index of axis `by` (linear interpolation); also the new start."""
+    moved = np.moveaxis(array, (by, along), (0, 2))
+    shifts = voxels * np.arange(moved.shape[0])
+    first = math.floor(min(0.0, shifts[-1]))
+    size = math.ceil(max(0.0, shifts[-1])) - first + moved.shape[2]
+    result = np.full((*moved.shape[:2], size), fill, dtype=array.dtype)
+    for plane, target, shift in zip(moved, result, shifts, strict=True):
+        start = math.floor(shift)
+        weight = np.float32(shift - start)
+        position = start - first
+        if weight == 0.0:
+            target[:, position : position + plane.shape[1]] = plane
+            continue
+        padded = np.pad(plane.astype(np.float32), ((0, 0), (1, 1)), constant_values=fill)
+        mixed = padded[:, 1:] * (1.0 - weight) + padded[:, :-1] * weight
+        target[:, position : position + mixed.shape[1]] = mixed if array.dtype.kind == "f" else np.rint(mixed)
+    return np.moveaxis(result, (0, 2), (by, along)), float(first)
+
+
+def remove_shear(volume: Volume) -> Volume:
+    """Resample a sheared volume (gantry tilt) to a right-angled grid; a right-angled volume is returned as it is.
+
+    The two axes nearest to a right angle (the slice planes) stay, and each slice is moved within its own plane by
+    linear interpolation, so nothing is interpolated between slices. New voxels outside the slices take the volume's
+    minimum. The voxel size across slices becomes their perpendicular distance.
+    """
+    if not volume.is_sheared:
+        return volume
+    directions = axis_directions(volume.affine)
+    cosines = {(i, j): abs(float(directions[:, i] @ directions[:, j])) for i, j in ((0, 1), (0, 2), (1, 2))}
+    # Of several right-angled pairs, the one with the finest voxels is the slice plane.
+    area = {(i, j): volume.spacing[i] * volume.spacing[j] for i, j in cosines}
+    first, second = min(cosines, key=lambda pair: (max(cosines[pair], SHEAR_TOLERANCE), area[pair]))
+    order = [first, second, 3 - first - second]
+    # linear = rotation @ upper: shears are the off-diagonal entries of `upper` (Gram-Schmidt in the order above).
+    rotation, upper = np.linalg.qr(volume.affine[:3, order])
+    rotation, upper = rotation * np.sign(np.diag(upper)), upper * np.sign(np.diag(upper))[:, None]
+    sizes = np.diag(upper)
+    check_spacing(sizes)
+    array, origin = volume.array, volume.affine[:3, 3].copy()
+    fill = array.min().item()
+    for row, column in ((0, 1), (0, 2), (1, 2)):
+        voxels = upper[row, column] / sizes[row]
+        if abs(voxels) > 1e-6:
+            array, start = _shift_lines(array, order[row], order[column], voxels, fill)
+            origin += rotation[:, row] * sizes[row] * start
+    affine = np.eye(4)
+    affine[:3, order] = rotation * sizes
+    affine[:3, 3] = origin
+    note = f"axes {math.degrees(math.asin(min(1.0, max(cosines.values())))):.1f} degrees off a right angle: resampled"
+    return replace(volume, array=np.ascontiguousarray(array), affine=affine, warnings=(*volume.warnings, note))
+
+
+__all__ = ["remove_shear", "rescale"]

@@ -1,0 +1,401 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Files (NIfTI, NRRD, MetaImage, DICOM) and arrays to a Volume, and a Volume to NIfTI; the only reader of disks.
+
+What cannot be read right raises `VolumeReadError` with the path as given; header text is never repeated.
+"""
+
+import math
+import os
+import stat
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .geometry_t3d import (
+    Volume,
+    VolumeError,
+    VolumeGeometryError,
+    VolumeReadError,
+    affine_from_axes,
+    check_affine,
+)
+from .volume_arithmetic_t3d import remove_shear, rescale
+from .volume_dicom_t3d import quiet_parsers, read_dicom
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", "")
+# Deflate packs at most 1032 to 1: a header that promises more than this many times the file is damaged or hostile.
+MAXIMUM_DEFLATE = 1040
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def read_volume(path: str | os.PathLike, *, series: int | None = None, time_index: int | None = None) -> Volume:
+    """Read one volume from disk: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, `.mhd`, a DICOM file or a folder of them.
+
+    Values are those after the header's rescale (HU for CT): int16 or int32 where the file stores whole numbers and the
+    rescale keeps them whole, else float32. A sheared grid (gantry tilt) is resampled to right angles and says so in
+    `warnings`.
+
+    Args:
+        path: file or folder.
+        series: which series of a DICOM folder, by its place in the list that the error shows. By default the only
+            series, or the only axial CT series.
+        time_index: which volume of a 4-D file.
+
+    Raises:
+        VolumeReadError: names the path as given, the reason and, where there is one, the remedy.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "scan.nii.gz")
+        >>> write_nifti(to_volume(np.zeros((4, 5, 6), dtype=np.int16), spacing=(2, 1, 1), axes="SAR"), path)
+        >>> read_volume(path).spacing
+        (2.0, 1.0, 1.0)
+    """
+    source = os.fspath(path)
+    if not isinstance(source, str):
+        raise VolumeReadError(f"{source!r}: a path is a string or a pathlib.Path")
+    is_folder = _check_readable(source)
+    name = os.path.basename(source).lower()
+    suffix = ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
+    is_dicom = is_folder or not (suffix in NIFTI_SUFFIXES or suffix in ITK_SUFFIXES)
+    if is_dicom and time_index is not None:
+        raise VolumeReadError(f"{source}: time_index= is for 4-D NIfTI, NRRD and MetaImage files; it is DICOM")
+    if series is not None and not is_dicom:
+        raise VolumeReadError(f"{source}: series= is for DICOM; the file holds one image")
+    try:
+        with quiet_parsers():
+            if is_dicom:
+                volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series)
+            elif suffix in NIFTI_SUFFIXES:
+                volume = _read_nifti(source, time_index)
+            else:
+                volume = _read_itk(source, time_index)
+            return remove_shear(volume)
+    except VolumeReadError:
+        raise
+    except VolumeError as error:
+        raise VolumeReadError(f"{source}: {error}") from None
+    except MemoryError:
+        raise VolumeReadError(f"{source}: the volume does not fit in memory") from None
+
+
+def _check_readable(source: str) -> bool:
+    """Whether `source` is a folder; raises when it is missing, empty, not to be opened or no plain file."""
+    try:
+        status = os.stat(source)
+        if stat.S_ISDIR(status.st_mode):
+            os.listdir(source)
+            return True
+        if not stat.S_ISREG(status.st_mode):
+            raise VolumeReadError(f"{source}: is neither a file nor a folder")
+        with open(source, "rb"):
+            pass
+    except FileNotFoundError:
+        raise VolumeReadError(f"{source}: no such file or folder") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a valid path"
+        raise VolumeReadError(f"{source}: cannot be opened ({reason}); check its permissions") from None
+    if status.st_size == 0:
+        raise VolumeReadError(f"{source}: the file is empty")
+    return False
+
+
+def _dicom_files(source: str, suffix: str, is_folder: bool) -> list[str]:
+    if is_folder:
+        files = sorted(
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(source)
+            for name in names
+            if not name.startswith(".") and name.upper() != "DICOMDIR"
+        )
+        files = [file for file in files if os.path.isfile(file)]
+        if not files:
+            raise VolumeReadError(f"{source}: the folder holds no files")
+        return files
+    with open(source, "rb") as stream:
+        if stream.read(132)[128:] != b"DICM" and suffix not in DICOM_SUFFIXES:
+            known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES))
+            raise VolumeReadError(f"{source}: unknown format; supported are {known}, DICOM files and DICOM folders")
+    return [source]
+
+
+def _damaged(source: str, kind: str, error: Exception) -> VolumeReadError:
+    """The error for whatever a parser raised; its own text is not repeated, it may quote the header."""
+    reason = "truncated or damaged compressed data" if isinstance(error, EOFError) else type(error).__name__
+    return VolumeReadError(f"{source}: is not a readable {kind} file: truncated, damaged or another format ({reason})")
+
+
+def _check_promise(source: str, shape: Sequence[int], item_size: int, held: int) -> None:
+    """Refuse, before anything is allocated, a header that promises more than the file can hold."""
+    if min(shape) < 1:
+        raise VolumeReadError(
+            f"{source}: its header gives a size of {'x'.join(map(str, shape))}; no axis may be empty"
+        )
+    promised = math.prod(int(size) for size in shape) * item_size
+    if promised > held:
+        raise VolumeReadError(
+            f"{source}: its header promises {'x'.join(map(str, shape))} voxels ({promised:,} bytes), more than the "
+            "file holds; it is truncated or damaged"
+        )
+
+
+def _pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
+    """The time point to take from a shape (x, y, z, t, ...); 0 for one volume."""
+    spatial, rest = shape[:3], [size for size in shape[3:] if size != 1]
+    if len(spatial) < 3:
+        raise VolumeReadError(f"{source}: holds {len(spatial)} axes; a volume needs three")
+    if len(rest) > 1 or (rest and rest[0] != shape[3]):
+        raise VolumeReadError(f"{source}: has shape {tuple(shape)}, several values per voxel; pass one volume")
+    count = rest[0] if rest else 1
+    if rest and time_index is None:
+        raise VolumeReadError(f"{source}: holds {count} volumes (4-D); choose one with time_index=0..{count - 1}")
+    if time_index is not None and (
+        isinstance(time_index, bool) or not isinstance(time_index, int) or not 0 <= time_index < count
+    ):
+        raise VolumeReadError(f"{source}: time_index={time_index!r} is outside 0..{count - 1}")
+    return time_index or 0
+
+
+def _import_nibabel(source: str) -> Any:
+    try:
+        import nibabel
+    except ImportError:
+        raise VolumeReadError(f"{source}: reading NIfTI needs nibabel; install it with pip install nibabel") from None
+    return nibabel
+
+
+def _check_type(source: str, dtype: np.dtype) -> None:
+    if dtype.kind not in "iufb":
+        kind = "complex" if dtype.kind == "c" else "colour or composite"
+        raise VolumeReadError(f"{source}: holds {kind} values, not one number per voxel; convert it first")
+
+
+def _read_nifti(source: str, time_index: int | None) -> Volume:
+    nibabel = _import_nibabel(source)
+    try:
+        image = nibabel.load(source, keep_file_open=False)
+        shape, dtype = image.shape, image.get_data_dtype()
+        offset = image.dataobj.offset
+    except Exception as error:  # a damaged file can make the parser raise anything
+        raise _damaged(source, "NIfTI", error) from None
+    if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image):
+        raise VolumeReadError(f"{source}: is not a NIfTI volume")
+    _check_type(source, dtype)
+    size = os.path.getsize(source)
+    _check_promise(
+        source, shape, dtype.itemsize, size * MAXIMUM_DEFLATE if source[-3:].lower() == ".gz" else size - offset
+    )
+    return _from_nibabel(nibabel, image, source, time_index)
+
+
+def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None) -> Volume:
+    """A Volume from a nibabel image; `source` names it in messages."""
+    time = _pick_time(source, image.shape, time_index)
+    slope, intercept = 1.0, 0.0
+    try:
+        proxy = image.dataobj
+        if isinstance(proxy, nibabel.arrayproxy.ArrayProxy):
+            stored, slope, intercept = proxy.get_unscaled(), float(proxy.slope), float(proxy.inter)
+        else:
+            stored = np.asanyarray(proxy)
+        affine, header = image.affine, image.header
+    except Exception as error:  # as above; a compressed file is only read here
+        raise _damaged(source, "NIfTI", error) from None
+    _check_type(source, stored.dtype)
+    notes: list[str] = []
+    if affine is None:
+        raise VolumeReadError(f"{source}: has no affine; the orientation is unknown")
+    if isinstance(header, nibabel.Nifti1Header):
+        if header["sform_code"] <= 0 and header["qform_code"] <= 0:
+            notes.append("the header gives no orientation (sform and qform codes are 0): nibabel's default is used")
+        scale = {"meter": 1e3, "micron": 1e-3}.get(_spatial_unit(header))
+        if scale is not None:
+            affine = np.diag([scale, scale, scale, 1.0]) @ affine
+            notes.append("the header gives lengths in another unit: converted to mm")
+    stored = stored.reshape((*stored.shape[:3], -1))[..., time]
+    return Volume(rescale(stored, slope, intercept), check_affine(affine), source=source, warnings=tuple(notes))
+
+
+def _spatial_unit(header: Any) -> str:
+    try:
+        return header.get_xyzt_units()[0]
+    except KeyError:  # a code that the standard does not define
+        return "unknown"
+
+
+def _read_itk(source: str, time_index: int | None) -> Volume:
+    try:
+        import SimpleITK
+    except ImportError:
+        raise VolumeReadError(
+            f'{source}: reading it needs SimpleITK; install it with pip install "modeling_t3d[formats]"'
+        ) from None
+    shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(source)
+        reader.ReadImageInformation()
+        shape, dimension = reader.GetSize(), reader.GetDimension()
+        kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+        if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+            raise VolumeReadError(f"{source}: holds {kind}, not one number per voxel; convert it first")
+        bits = next((bits for bits in (8, 16, 32, 64) if str(bits) in kind), 8)
+        fields, start = _text_header(source)
+        _check_promise(source, shape, bits // 8, _held_by_header(source, fields, start))
+        time = _pick_time(source, shape, time_index)
+        if dimension > 3:
+            reader.SetExtractSize([*shape[:3], *[0] * (dimension - 3)])
+            reader.SetExtractIndex([0, 0, 0, time, *[0] * (dimension - 4)])
+        image = reader.Execute()
+        stored = SimpleITK.GetArrayViewFromImage(image)
+        spacing, origin, direction = reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
+        values = rescale(stored, 1.0, 0.0)
+    except VolumeError:
+        raise
+    except Exception as error:  # the reader raises RuntimeError with text of its own for everything
+        raise _damaged(source, "NRRD or MetaImage", error) from None
+    finally:
+        SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(direction, (dimension, dimension))[:3, :3] * spacing[:3]
+    affine[:3, 3] = origin[:3]
+    affine = LPS_TO_RAS @ affine
+    affine[:, :3] = affine[:, 2::-1]  # the array's order is (z, y, x) of the file
+    oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(fields)
+    notes = () if oriented else ("the header gives no orientation: the axes are taken as left, posterior, superior",)
+    return Volume(values, affine, source=source, warnings=notes)
+
+
+def _text_header(source: str) -> tuple[dict[str, str], int]:
+    """Fields of an NRRD or MetaImage text header (names in lower case without spaces) and where its data begins."""
+    with open(source, "rb") as stream:
+        head = stream.read(65536)
+    is_nrrd = head.startswith(b"NRRD")
+    fields: dict[str, str] = {}
+    start = 0
+    for line in head.split(b"\n"):
+        start += len(line) + 1
+        name, found, value = line.decode("latin-1").partition(":" if is_nrrd else "=")
+        name = "".join(name.lower().split())
+        if found:
+            fields.setdefault(name, value.strip())
+        if not line.strip() if is_nrrd else name == "elementdatafile":  # each format's last line
+            break
+    return fields, start
+
+
+def _held_by_header(source: str, fields: dict[str, str], start: int) -> int:
+    """The most bytes of voxels that the file, or the files that its text header names, can hold."""
+    data = fields.get("elementdatafile") or fields.get("datafile") or "LOCAL"
+    held = os.path.getsize(source) - start
+    if data.upper() != "LOCAL":
+        folder = os.path.dirname(os.path.abspath(source))
+        named = os.path.join(folder, data)
+        files = [named] if os.path.isfile(named) else [entry.path for entry in os.scandir(folder) if entry.is_file()]
+        held = sum(os.path.getsize(file) for file in files)
+    raw = fields.get("compresseddata", "false").lower() != "true" and fields.get("encoding", "raw").lower() == "raw"
+    return held if raw else held * MAXIMUM_DEFLATE
+
+
+def to_volume(
+    image: Any,
+    *,
+    affine: np.ndarray | None = None,
+    spacing: Sequence[float] | None = None,
+    axes: str | None = None,
+) -> Volume:
+    """A right-angled Volume from whatever holds one: an array or tensor, a nibabel image, a Volume or a path.
+
+    Args:
+        image: 3-D numpy array or tensor, nibabel image, Volume, or path for `read_volume`.
+        affine: (4, 4), indices of the array in its own axis order to RAS+ world mm. Arrays and tensors only.
+        spacing: voxel size in mm per array axis, for an array without affine; needs `axes`.
+        axes: the direction in which each array axis grows, e.g. `"SAR"` for (z, y, x); see `affine_from_axes`.
+
+    Example:
+        >>> to_volume(np.zeros((40, 64, 64), dtype=np.int16), spacing=(2.0, 0.7, 0.7), axes="SPL").axis_codes
+        'SPL'
+    """
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return remove_shear(_from_array(image, affine, spacing, axes))
+    if affine is not None or spacing is not None or axes is not None:
+        raise VolumeGeometryError(
+            "affine, spacing and axes describe a bare array; this input carries its own geometry"
+        )
+    if isinstance(image, Volume):
+        return remove_shear(image)
+    if isinstance(image, str | os.PathLike):
+        return read_volume(image)
+    nibabel = _import_nibabel("nibabel image")
+    if isinstance(image, nibabel.spatialimages.SpatialImage):
+        with quiet_parsers():
+            return remove_shear(_from_nibabel(nibabel, image, "nibabel image", None))
+    raise VolumeGeometryError(
+        f"a {type(image).__name__} is not a volume; pass a path, a numpy array or tensor with affine=, a nibabel "
+        "image or a Volume"
+    )
+
+
+def _from_array(image: Any, affine: Any, spacing: Sequence[float] | None, axes: str | None) -> Volume:
+    if affine is not None and (spacing is not None or axes is not None):
+        raise VolumeGeometryError("pass affine= or spacing= with axes=, not both")
+    if affine is None and (spacing is None or axes is None):
+        raise VolumeGeometryError(
+            "an array needs its geometry: pass affine= (4x4, array indices to RAS+ mm), or spacing= and axes=, e.g. "
+            'spacing=(2.0, 0.7, 0.7), axes="SAR" for (z, y, x)'
+        )
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if isinstance(affine, torch.Tensor):
+        affine = affine.detach().cpu().double().numpy()
+    if image.ndim != 3:
+        raise VolumeGeometryError(f"the array has shape {image.shape}; pass one volume with three axes")
+    if image.dtype.kind not in "iufb":
+        raise VolumeGeometryError(f"the array holds {image.dtype} values; pass one real number per voxel")
+    if image.size and image.dtype not in (np.int16, np.float32):
+        image = rescale(image, 1.0, 0.0)
+    return Volume(image, affine_from_axes(spacing, axes) if affine is None else affine)
+
+
+def write_nifti(volume: Volume, path: str | os.PathLike) -> None:
+    """Write a Volume as `.nii` or `.nii.gz` (sform and qform set, no rescale), whole or not at all."""
+    source = os.fspath(path)
+    suffix = next((suffix for suffix in (".nii.gz", ".nii") if source.endswith(suffix)), None)
+    if suffix is None:
+        raise VolumeError(f"{source}: a NIfTI file ends in .nii or .nii.gz")
+    nibabel = _import_nibabel(source)
+    array = volume.array
+    if array.dtype not in (np.uint8, np.int16, np.int32, np.float32):
+        array = rescale(array, 1.0, 0.0)
+    temporary = None
+    try:
+        image = nibabel.Nifti1Image(array, volume.affine)
+        image.set_sform(volume.affine, code="scanner")
+        image.set_qform(volume.affine, code="scanner")
+        image.header.set_xyzt_units("mm")
+        handle, temporary = tempfile.mkstemp(suffix=suffix, prefix=".", dir=os.path.dirname(source) or ".")
+        os.close(handle)
+        nibabel.save(image, temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, source)
+    except (OSError, nibabel.spatialimages.HeaderDataError) as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise VolumeError(f"{source}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+__all__ = ["VolumeReadError", "read_volume", "remove_shear", "to_volume", "write_nifti"]
