@@ -87,6 +87,8 @@ class T3DVisionConfig(PreTrainedConfig):
             ViT: after which layers (1-based, ascending) a feature map is taken; by default each quarter of the depth.
         encoder_options (`dict`, *optional*): settings of an encoder that you registered.
         provenance (`dict`, *optional*): where the weights come from: source file and its hash, licence.
+        classifier_dropout (`float`, defaults to 0.3): before the linear layer of [`T3DForImageClassification`].
+        classifier_dropout (`float`, defaults to 0.3): before the classifier of [`T3DForImageClassification`].
         initializer_range (`float`, defaults to 0.02): standard deviation of linear layers' initial weights.
 
     Example:

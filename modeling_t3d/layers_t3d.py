@@ -1,0 +1,197 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What stands between the towers and the losses: projection heads, view fusion, text-informed pooling of views."""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_t3d import T3DConfig
+from .encoders_t3d import eager_attention_forward
+
+# Where a volume's global view stands among its local views: the centre of the body box, and all of it.
+_GLOBAL_VIEW_POSITION = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
+
+
+def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors of length 1 along the last axis, in float32 or finer: half precision would show in the logits."""
+    return nn.functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+
+
+class T3DProjectionHead(nn.Module):
+    """`Linear -> norm -> ReLU -> Linear` into the joint space, on vectors or on token sequences."""
+
+    def __init__(self, input_size: int, hidden_size: int, output_size: int, norm: str = "layer"):
+        super().__init__()
+        self.input_projection = nn.Linear(input_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size) if norm == "layer" else nn.BatchNorm1d(hidden_size)
+        self.output_projection = nn.Linear(hidden_size, output_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., input_size)` to `(..., output_size)`; a batch norm takes its statistics over all leading axes."""
+        hidden_states = self.input_projection(hidden_states)
+        hidden_states = self.norm(hidden_states.flatten(0, -2)).view_as(hidden_states)
+        return self.output_projection(nn.functional.relu(hidden_states))
+
+
+class T3DViewFusionLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer layer over the views of a volume."""
+
+    def __init__(self, config: T3DConfig):
+        super().__init__()
+        hidden_size = config.vision_config.hidden_size
+        self.config = config
+        self.head_dim = hidden_size // config.num_fusion_heads
+        self.is_causal = False
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.query_projection = nn.Linear(hidden_size, hidden_size)
+        self.key_projection = nn.Linear(hidden_size, hidden_size)
+        self.value_projection = nn.Linear(hidden_size, hidden_size)
+        self.output_projection = nn.Linear(hidden_size, hidden_size)
+        # As wide as the tokens, not four times: with 2048 channels these layers would outweigh the encoder.
+        self.feed_forward_norm = nn.LayerNorm(hidden_size)
+        self.feed_forward_input = nn.Linear(hidden_size, hidden_size)
+        self.feed_forward_output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(batch, views, hidden_size)` to the same shape; the mask, `(batch, 1, 1, views)`, is added to scores."""
+        normed = self.attention_norm(hidden_states)
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.query_projection, self.key_projection, self.value_projection)
+        )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mixed, _ = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0)
+        hidden_states = hidden_states + self.output_projection(mixed.flatten(2))
+        normed = self.feed_forward_norm(hidden_states)
+        return hidden_states + self.feed_forward_output(nn.functional.gelu(self.feed_forward_input(normed)))
+
+
+class T3DViewFusion(nn.Module):
+    """A small transformer over the global view and the valid local views; it puts out the global view's token."""
+
+    def __init__(self, config: T3DConfig):
+        super().__init__()
+        self.position_projection = nn.Linear(len(_GLOBAL_VIEW_POSITION), config.vision_config.hidden_size)
+        self.layers = nn.ModuleList(T3DViewFusionLayer(config) for _ in range(config.num_fusion_layers))
+
+    def forward(
+        self,
+        global_features: torch.Tensor,
+        local_features: torch.Tensor,
+        local_mask: torch.Tensor,
+        local_positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            global_features (`torch.Tensor` of shape `(batch, hidden_size)`): the pooled global view.
+            local_features (`torch.Tensor` of shape `(batch, views, hidden_size)`): pooled local views.
+            local_mask (`torch.BoolTensor` of shape `(batch, views)`): views that exist.
+            local_positions (`torch.Tensor` of shape `(batch, views, 6)`): their centres and extents.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`.
+        """
+        global_position = global_features.new_tensor(_GLOBAL_VIEW_POSITION).expand(len(global_features), 1, -1)
+        local_positions = local_positions.masked_fill(~local_mask[..., None], 0.0).to(global_features.dtype)
+        tokens = torch.cat([global_features[:, None], local_features], dim=1)
+        tokens = tokens + self.position_projection(torch.cat([global_position, local_positions], dim=1))
+        is_view = nn.functional.pad(local_mask, (1, 0), value=True)
+        attention_mask = torch.zeros_like(is_view, dtype=tokens.dtype)
+        attention_mask = attention_mask.masked_fill(~is_view, torch.finfo(tokens.dtype).min)[:, None, None]
+        for layer in self.layers:
+            tokens = layer(tokens, attention_mask)
+        return tokens[:, 0]
+
+
+class T3DMultiViewAlignment(nn.Module):
+    """
+    Text-informed pooling of local views: what asks (`tma_query`) attends to a view's tokens, and a head turns what it
+    reads into the view's vector.
+    """
+
+    def __init__(self, config: T3DConfig):
+        super().__init__()
+        size = config.projection_dim
+        self.head_dim = size // config.num_tma_heads
+        self.query_projection = nn.Linear(size, size)
+        self.key_projection = nn.Linear(size, size)
+        self.value_projection = nn.Linear(size, size)
+        self.output_projection = nn.Linear(size, size)
+        # Never a batch norm: vectors are pooled in chunks of queries, and the result must not depend on the chunk.
+        self.head = T3DProjectionHead(size, config.projection_hidden_size, size)
+        self.learned_query = nn.Embedding(1, size) if config.tma_query == "none" else None
+
+    def split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., tokens, size)` to `(..., heads, tokens, head_dim)`."""
+        return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
+
+    def key_and_value(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `(..., heads, tokens, head_dim)`, of projected tokens `(..., tokens, size)`."""
+        return self.split_heads(self.key_projection(tokens)), self.split_heads(self.value_projection(tokens))
+
+    def learned_queries(self, device: torch.device) -> torch.Tensor:
+        """The one query of `tma_query="none"`, `(1, size)`."""
+        return self.learned_query(torch.zeros(1, dtype=torch.int64, device=device))
+
+    def read_out(self, mixed: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Attended values `(..., size)` to unit-norm view vectors `(..., size)`."""
+        hidden_states = self.output_projection(mixed)
+        return unit_norm(self.head(hidden_states if residual is None else residual + hidden_states))
+
+    def pool_by_queries(self, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """
+        The query asks, the view answers.
+
+        Args:
+            queries (`torch.Tensor` of shape `(1 or views, queries, size)`): shared by all views, or each view's own.
+            key, value (`torch.Tensor` of shape `(views, heads, tokens, head_dim)`): of the views' projected tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(queries, views, size)`, of unit norm.
+        """
+        query = self.split_heads(self.query_projection(queries)).expand(len(key), -1, -1, -1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.read_out(mixed.permute(2, 0, 1, 3).flatten(2))
+
+    def pool_by_views(
+        self, tokens: torch.Tensor, report_tokens: torch.Tensor, report_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The view's tokens attend to the report's; the visual residual is kept, the text branch detached.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(1 or reports, views, tokens, size)`): shared, or each report's own views.
+            report_tokens (`torch.Tensor` of shape `(reports, report_tokens, size)`): projected.
+            report_mask (`torch.BoolTensor` of shape `(reports, report_tokens)`): `False` for padding.
+
+        Returns:
+            `torch.Tensor` of shape `(reports, views, size)`, of unit norm.
+        """
+        report_tokens = report_tokens.detach()
+        query = self.split_heads(self.query_projection(tokens.flatten(1, 2))).expand(len(report_tokens), -1, -1, -1)
+        key, value = self.key_and_value(report_tokens)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=report_mask[:, None, None])
+        # (reports, heads, views * tokens, head_dim) -> mean over tokens; the output projection commutes with it
+        mixed = mixed.unflatten(2, tokens.shape[1:3]).mean(dim=3).transpose(1, 2).flatten(2)
+        return self.read_out(mixed, residual=tokens.mean(dim=2))
+
+    def attention_map(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        Where each query looks, mean over heads.
+
+        Args:
+            queries (`torch.Tensor` of shape `(batch, size)`), tokens (`torch.Tensor` of shape
+            `(batch, views, tokens, size)`): each batch entry's query is asked of its own views.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, views, tokens)` whose last axis sums to 1.
+        """
+        query = self.split_heads(self.query_projection(queries)[:, None, None])
+        key = self.split_heads(self.key_projection(tokens))
+        scores = (query @ key.transpose(-1, -2)).squeeze(-2) * self.head_dim**-0.5
+        return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=-2)
+
+
+__all__ = ["T3DMultiViewAlignment", "T3DProjectionHead", "T3DViewFusion", "unit_norm"]

@@ -1,0 +1,1029 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The T3D models: vision tower, dual encoder, pre-training with both alignments, image classification.
+
+Encoders stand in `encoders_t3d`, the losses and everything that crosses ranks in `loss_t3d`.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_t3d import T3DConfig, T3DVisionConfig
+from .encoders_t3d import (
+    T3DEncoderBlock,
+    T3DViTAttention,
+    build_encoder,
+    checkpoint_contexts,
+    frozen_batch_norm_statistics,
+    initialize_encoder_module,
+)
+from .layers_t3d import T3DMultiViewAlignment, T3DProjectionHead, T3DViewFusion, unit_norm
+from .loss_t3d import (
+    all_gather,
+    all_reduce_sum,
+    chunked_multi_view_contrastive,
+    contrastive_sigmoid,
+    contrastive_softmax,
+    draw_candidate_pairs,
+    gather_sizes,
+    global_mean,
+    multi_view_contrastive,
+    non_negatives,
+    rank,
+    soft_targets,
+)
+
+# Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
+_MAX_POOLED_ELEMENTS = 2**26
+
+# Keys of a pre-training checkpoint carry one prefix more than those of the dual encoder.
+_PRETRAINING_PREFIX = r"^t3d\."
+
+
+def gathered_non_negatives(
+    study_ids: torch.Tensor | None, report_ids: torch.Tensor | None, sizes: list[int], device: torch.device
+) -> torch.Tensor:
+    """Which of all ranks' pairs are no negatives of this rank's, `(own, all)`, from the identities of each rank."""
+    identities = [identity.to(device) for identity in (study_ids, report_ids) if identity is not None]
+    pairs = [(identity, all_gather(identity, sizes)) for identity in identities]
+    return non_negatives(pairs, sizes[rank()], sum(sizes), sum(sizes[: rank()]), device)
+
+
+def _build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The text tower, without a pooler where its class can be built without: it would stay untrained."""
+    model_class = MODEL_MAPPING.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return AutoModel.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
+
+
+@dataclass
+class T3DVisionModelOutput(ModelOutput):
+    r"""
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, hidden_size, depth, height, width)`): the token map.
+        pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`): its mean over the grid; the projected,
+            un-normalised embedding `(batch, projection_dim)` where `get_image_features` returns it.
+        feature_maps (`tuple[torch.FloatTensor, ...]`): the pyramid, finest map first; left out by
+            `get_image_features`.
+        hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*): the input of the first block, then each output.
+        attentions (`tuple[torch.FloatTensor, ...]`, *optional*): of an encoder with attention, under
+            `attn_implementation="eager"`.
+        local_hidden_state (`torch.FloatTensor` of shape `(batch, views, hidden_size, d, h, w)`, *optional*):
+            Token maps of the local views where they were encoded; zeros for views that the mask leaves out.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    feature_maps: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    local_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class T3DOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): global alignment, with `return_loss=True`; the mean over
+            all ranks' pairs, the same on every rank.
+        logits_per_image (`torch.FloatTensor` of shape `(volumes, reports)`): scaled similarities of this rank.
+        logits_per_text (`torch.FloatTensor` of shape `(reports, volumes)`): their transpose.
+        image_embeds (`torch.FloatTensor` of shape `(volumes, projection_dim)`): of unit norm.
+        text_embeds (`torch.FloatTensor` of shape `(reports, projection_dim)`): of unit norm.
+        vision_model_output (`T3DVisionModelOutput`): what `get_image_features` returned.
+        text_model_output (`BaseModelOutputWithPooling`): what `get_text_features` returned.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    vision_model_output: T3DVisionModelOutput | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are set, nested outputs as tuples."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class T3DForPreTrainingOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            `lambda_gca * loss_gca + lambda_tma * loss_tma`, with `return_loss=True`. Its value is the same on every
+            rank; averaged over ranks, its gradient is that of one process holding all pairs.
+        loss_gca (`torch.FloatTensor` of shape `()`, *optional*): global alignment, mean over all ranks' pairs.
+        loss_tma (`torch.FloatTensor` of shape `()`, *optional*): multi-view alignment, mean over all ranks' views.
+        log_num_candidates (`torch.FloatTensor` of shape `()`, *optional*):
+            What `loss_tma` is when views carry no information: the mean log of the number of candidates.
+        num_valid_anchors (`torch.LongTensor` of shape `()`, *optional*): views that were anchors, on all ranks.
+        num_skipped_pairs (`torch.LongTensor` of shape `()`, *optional*):
+            Pairs with fewer than two valid views, on all ranks: they have no anchors.
+        logits_per_image (`torch.FloatTensor` of shape `(batch, batch)`): scaled similarities of this rank.
+        logits_per_text (`torch.FloatTensor` of shape `(batch, batch)`): their transpose.
+        image_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
+        text_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
+        local_embeds (`torch.FloatTensor` of shape `(batch, views, projection_dim)`, *optional*):
+            Each view as its own report asks it, of unit norm, without a gradient; meaningless where masked.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_gca: torch.FloatTensor | None = None
+    loss_tma: torch.FloatTensor | None = None
+    log_num_candidates: torch.FloatTensor | None = None
+    num_valid_anchors: torch.LongTensor | None = None
+    num_skipped_pairs: torch.LongTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    local_embeds: torch.FloatTensor | None = None
+
+
+class T3DPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and checkpointing shared by the T3D models."""
+
+    config: T3DConfig
+    base_model_prefix = "t3d"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    model_tags = ["medical", "3d", "volume", "t3d"]  # noqa: RUF012 - Transformers' own way to declare them
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = [  # noqa: RUF012
+        "T3DResNetBasicBlock",
+        "T3DResNetBottleneckBlock",
+        "T3DViTLayer",
+        "T3DProjectionHead",
+        "T3DViewFusionLayer",
+    ]
+    # Bare exponents: in bfloat16 the temperature itself would be off by a fraction of a per cent.
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # noqa: RUF012
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Transformers treats classes outside its own tree as unsafe and would skip modules without direct parameters.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_encoder_module(module, self.config.initializer_range)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=1.0)
+        elif isinstance(module, T3DModel):
+            init.constant_(module.logit_scale, -log(self.config.gca_temperature))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.initial_logit_bias)
+        elif isinstance(module, T3DViewFusion):
+            init.xavier_uniform_(module.position_projection.weight)
+        elif isinstance(module, T3DMultiViewAlignment):
+            for projection in (
+                module.query_projection,
+                module.key_projection,
+                module.value_projection,
+                module.output_projection,
+            ):
+                init.xavier_uniform_(projection.weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike | None, *model_args, **kwargs):
+        r"""
+        As [`~transformers.PreTrainedModel.from_pretrained`], of the folder of any T3D model that holds this one's
+        parts. The lowest `num_frozen_text_layers` are frozen afterwards (loading makes every parameter trainable).
+        """
+        nests_vision_model = cls.base_model_prefix == "vision_model"
+        if nests_vision_model:
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), _PRETRAINING_PREFIX: ""}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if nests_vision_model:
+            # Or saving this model would write the pre-training prefix back.
+            model._weight_conversions = [
+                conversion
+                for conversion in getattr(model, "_weight_conversions", None) or []
+                if _PRETRAINING_PREFIX not in conversion.source_patterns
+            ]
+        model.freeze_text_layers()
+        return loaded
+
+    def freeze_text_layers(self) -> None:
+        """Freeze the lowest `config.num_frozen_text_layers` layers of the text tower and its embeddings, if any."""
+
+    def _activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if not settings["use_reentrant"]:
+            settings.setdefault("context_fn", partial(checkpoint_contexts, self))
+        super()._activation_checkpointing_enable(settings, every_n_layers, offload)
+
+
+class T3DVisionModel(T3DPreTrainedModel):
+    r"""
+    The vision tower: an encoder of `encoders_t3d` and the mean over its token map.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d import T3DConfig, T3DVisionModel
+
+    >>> model = T3DVisionModel(T3DConfig.from_preset("tiny").vision_config)
+    >>> output = model(torch.zeros(2, 1, 16, 32, 32))
+    >>> tuple(output.last_hidden_state.shape), tuple(output.pooler_output.shape)
+    ((2, 128, 2, 4, 4), (2, 128))
+
+    ```"""
+
+    config: T3DVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": T3DEncoderBlock, "attentions": T3DViTAttention}  # noqa: RUF012
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__(config)
+        self.encoder = build_encoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's first layer."""
+        return self.encoder.get_input_embeddings()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DVisionModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, depth, height, width)`): views, as the
+                processor scales them.
+        """
+        output = self.encoder(pixel_values, **kwargs)
+        return T3DVisionModelOutput(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=output.last_hidden_state.mean(dim=(2, 3, 4)),
+            feature_maps=output.feature_maps,
+        )
+
+
+class T3DModel(T3DPreTrainedModel):
+    r"""
+    The dual encoder: volumes and reports in one space, with global alignment (GCA) as its loss.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d import T3DConfig, T3DModel
+
+    >>> model = T3DModel(T3DConfig.from_preset("tiny")).eval()
+    >>> output = model(input_ids=torch.tensor([[2, 5, 3], [2, 7, 3]]), pixel_values=torch.zeros(1, 1, 16, 32, 32))
+    >>> tuple(output.logits_per_image.shape)
+    (1, 2)
+
+    ```"""
+
+    def __init__(self, config: T3DConfig):
+        super().__init__(config)
+        self.vision_model = T3DVisionModel._from_config(config.vision_config)
+        self.text_model = _build_text_model(config.text_config)
+        self.visual_projection = T3DProjectionHead(
+            config.vision_config.hidden_size,
+            config.projection_hidden_size,
+            config.projection_dim,
+            config.projection_norm,
+        )
+        self.text_projection = T3DProjectionHead(
+            config.text_config.hidden_size,
+            config.projection_hidden_size,
+            config.projection_dim,
+            config.projection_norm,
+        )
+        self.view_fusion = T3DViewFusion(config) if config.view_fusion == "attention" else None
+        # A log, so that a learnt scale stays positive; a buffer where it is fixed, since loading would unfreeze it.
+        if config.learnable_temperature or config.contrastive_loss == "sigmoid":
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+        else:
+            self.register_buffer("logit_scale", torch.zeros(()))
+        self.logit_bias = nn.Parameter(torch.zeros(())) if config.contrastive_loss == "sigmoid" else None
+        # DistilBERT and others take no segments, and RoBERTa has a single one.
+        self._takes_token_types = getattr(config.text_config, "type_vocab_size", 0) > 1
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's word embeddings."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the text tower's word embeddings."""
+        self.text_model.set_input_embeddings(value)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: "str | PathLike | PreTrainedModel", text: "str | PathLike | PreTrainedModel", **config: Any
+    ) -> "T3DModel":
+        r"""
+        Start from two pretrained towers; everything else is new.
+
+        Args:
+            vision (`str`, `PathLike` or `T3DVisionModel`): a folder or Hub id of any T3D model, or a vision tower.
+            text (`str`, `PathLike` or `PreTrainedModel`): any text encoder; its pooler or head is dropped.
+            config: fields of [`T3DConfig`]; `num_frozen_text_layers` is checked against the tower and applied.
+
+        Example:
+
+        ```python
+        >>> from transformers import BertConfig, BertModel
+        >>> from modeling_t3d import T3DConfig, T3DModel, T3DVisionModel
+
+        >>> preset = T3DConfig.from_preset("tiny")
+        >>> text = BertModel(preset.text_config)
+        >>> model = T3DModel.from_vision_text_pretrained(
+        ...     T3DVisionModel(preset.vision_config), text, num_frozen_text_layers=1, projection_dim=32
+        ... )
+        >>> [next(layer.parameters()).requires_grad for layer in model.text_model.encoder.layer]
+        [False, True]
+
+        ```"""
+        if not isinstance(vision, PreTrainedModel):
+            vision = T3DVisionModel.from_pretrained(vision)
+        text = (text if isinstance(text, PreTrainedModel) else AutoModel.from_pretrained(text)).base_model
+        model = cls(T3DConfig(vision_config=vision.config, text_config=text.config, **config))
+        model.base_model.vision_model.load_state_dict(vision.state_dict())
+        weights = {name: weight for name, weight in text.state_dict().items() if not name.startswith("pooler.")}
+        model.base_model.text_model.load_state_dict(weights)
+        model.freeze_text_layers()
+        return model
+
+    def freeze_text_layers(self) -> None:
+        """
+        Freeze the lowest `config.num_frozen_text_layers` layers of the text tower, and with them its embeddings, whose
+        changes the frozen layers could not follow. Called by both ways of loading; a model from scratch calls nothing.
+        """
+        if not self.config.num_frozen_text_layers:
+            return
+        depth = self.config.text_config.num_hidden_layers
+        lists = (module for module in self.text_model.modules() if isinstance(module, nn.ModuleList))
+        layers = next((module for module in lists if len(module) == depth), None)
+        if layers is None:
+            raise ValueError(
+                f"no list of {depth} layers found in {type(self.text_model).__name__}; set num_frozen_text_layers=0 "
+                "and freeze its parameters yourself"
+            )
+        frozen = [*layers[: self.config.num_frozen_text_layers], self.get_input_embeddings()]
+        frozen += [module for name, module in self.text_model.named_children() if name.startswith("embed")]
+        for module in frozen:
+            module.requires_grad_(False)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Hold a learnt scale at `config.max_logit_scale` or below; call it after each optimiser step."""
+        self.logit_scale.clamp_(max=log(self.config.max_logit_scale))
+
+    def encode_local_views(
+        self, local_pixel_values: torch.Tensor, local_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Token maps of local views; a view that the mask leaves out is not encoded.
+
+        Args:
+            local_pixel_values (`torch.Tensor` of shape `(batch, views, num_channels, d, h, w)`): full resolution.
+            local_mask (`torch.BoolTensor` of shape `(batch, views)`, *optional*): views that exist; all by default.
+
+        Returns:
+            The maps, `(batch, views, hidden_size, d', h', w')`, zeros where masked, and the mask.
+        """
+        if local_pixel_values.ndim != 6:
+            raise ValueError(
+                f"local_pixel_values of shape {tuple(local_pixel_values.shape)} do not fit: expected (batch, views, "
+                "channels, depth, height, width)"
+            )
+        shape = local_pixel_values.shape[:2]
+        views = local_pixel_values.flatten(0, 1)
+        if local_mask is None:
+            return (
+                self.vision_model(views).last_hidden_state.unflatten(0, shape),
+                torch.ones(shape, dtype=torch.bool, device=views.device),
+            )
+        if local_mask.shape != shape:
+            raise ValueError(
+                f"local_mask of shape {tuple(local_mask.shape)} does not fit {shape[0]} volumes of {shape[1]} views"
+            )
+        local_mask = local_mask.to(views.device, torch.bool)
+        kept = local_mask.flatten()
+        # Asking costs one host synchronisation; encoding one view of padding would cost far more.
+        if kept.all():
+            return self.vision_model(views).last_hidden_state.unflatten(0, shape), local_mask
+        if kept.any():
+            encoded = self.vision_model(views[kept]).last_hidden_state
+        else:
+            # The other ranks wait for maps of the same grid.
+            with torch.no_grad(), frozen_batch_norm_statistics(self.vision_model):
+                encoded = self.vision_model(torch.zeros_like(views[:1])).last_hidden_state[:0]
+        maps = encoded.new_zeros(len(views), *encoded.shape[1:])
+        return maps.masked_scatter(kept.view(-1, 1, 1, 1, 1), encoded).unflatten(0, shape), local_mask
+
+    def fuse_views(
+        self,
+        global_features: torch.Tensor,
+        local_features: torch.Tensor,
+        local_mask: torch.Tensor,
+        local_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Volume features `(batch, hidden_size)` of pooled views, as `config.view_fusion` says."""
+        if self.view_fusion is None:
+            weights = local_mask[..., None].to(local_features.dtype)
+            return (global_features + (local_features * weights).sum(dim=1)) / (1 + weights.sum(dim=1))
+        if local_positions is None or local_positions.shape != (*local_mask.shape, 6):
+            given = "none" if local_positions is None else f"shape {tuple(local_positions.shape)}"
+            raise ValueError(
+                f'view_fusion="attention" needs local_positions of shape {(*local_mask.shape, 6)}, got {given}; the '
+                "processor returns them with the views"
+            )
+        return self.view_fusion(global_features, local_features, local_mask, local_positions)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        local_positions: torch.Tensor | None = None,
+        output_local_hidden_state: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> T3DVisionModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, depth, height, width)`): global views.
+            local_pixel_values (`torch.Tensor` of shape `(batch, views, num_channels, d, h, w)`, *optional*): local
+                views; they enter the embedding unless `view_fusion="global"`.
+            local_mask (`torch.BoolTensor` of shape `(batch, views)`, *optional*): views that exist.
+            local_positions (`torch.Tensor` of shape `(batch, views, 6)`, *optional*): needed by
+                `view_fusion="attention"`.
+            output_local_hidden_state (`bool`, defaults to `False`): encode the local views in any case and return
+                their token maps.
+
+        Returns:
+            [`T3DVisionModelOutput`] whose `pooler_output` is the projected, un-normalised embedding.
+        """
+        output = self.vision_model(pixel_values, **kwargs)
+        features, maps = output.pooler_output, None
+        fuses = self.config.view_fusion != "global"
+        if local_pixel_values is not None and (fuses or output_local_hidden_state):
+            maps, local_mask = self.encode_local_views(local_pixel_values, local_mask)
+            if len(maps) != len(features):
+                raise ValueError(f"{len(features)} global views, but local views of {len(maps)} volumes")
+        if fuses:
+            if maps is None:
+                local = features.new_zeros(len(features), 0, features.shape[1])
+                mask = torch.zeros(len(features), 0, dtype=torch.bool, device=features.device)
+                features = self.fuse_views(features, local, mask, features.new_zeros(len(features), 0, 6))
+            else:
+                features = self.fuse_views(features, maps.mean(dim=(3, 4, 5)), local_mask, local_positions)
+        return T3DVisionModelOutput(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=self.visual_projection(features),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            local_hidden_state=maps if output_local_hidden_state else None,
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): reports or prompts.
+            attention_mask (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): 0 for padding.
+            token_type_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): for towers with segments;
+                others are not given them.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`] whose `pooler_output` is the projected,
+            un-normalised embedding of the first token.
+        """
+        if self._takes_token_types:
+            kwargs["token_type_ids"] = token_type_ids
+        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=self.text_projection(output.last_hidden_state[:, 0]),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def global_alignment_loss(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        text_features: torch.Tensor,
+        study_ids: torch.Tensor | None = None,
+        report_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        GCA over the pairs of all ranks: a scalar, the same on every rank.
+
+        Args:
+            image_embeds, text_embeds (`torch.Tensor` of shape `(batch, projection_dim)`): of unit norm, paired.
+            text_features (`torch.Tensor` of shape `(batch, projection_dim)`): un-normalised, for soft targets.
+            study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): pairs that share one that is
+                not negative are not negatives of each other.
+        """
+        if len(image_embeds) != len(text_embeds):
+            raise ValueError(f"the loss needs one report per volume, got {len(text_embeds)} for {len(image_embeds)}")
+        sizes = gather_sizes(len(image_embeds), image_embeds.device)
+        offset = sum(sizes[: rank()])
+        excluded = gathered_non_negatives(study_ids, report_ids, sizes, image_embeds.device)
+        all_text_embeds = all_gather(text_embeds, sizes)
+        scale = self.logit_scale.exp().to(image_embeds.device)
+        if self.config.contrastive_loss == "sigmoid":
+            bias = self.logit_bias.to(image_embeds.device)
+            total, count = contrastive_sigmoid(
+                image_embeds, all_text_embeds, scale, bias, offset=offset, excluded=excluded
+            )
+            return global_mean(total, count)
+        if sum(sizes) < 2:
+            raise ValueError("contrastive learning needs negatives: the global batch holds 1 pair; use at least 2")
+        targets = None
+        if self.config.soft_targets:
+            targets = soft_targets(
+                text_features,
+                all_gather(text_features.detach(), sizes),
+                offset,
+                temperature=self.config.gca_temperature,
+                rate=self.config.soft_target_rate,
+            )
+        total, count = contrastive_softmax(
+            image_embeds,
+            text_embeds,
+            all_gather(image_embeds, sizes),
+            all_text_embeds,
+            scale,
+            offset=offset,
+            excluded=excluded,
+            targets=targets,
+        )
+        return global_mean(total, count)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        local_positions: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        study_ids: torch.Tensor | None = None,
+        report_ids: torch.Tensor | None = None,
+        output_local_hidden_state: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> T3DOutput:
+        r"""
+        Every report against every volume. Arguments as in `get_text_features`, `get_image_features` and, for the loss
+        over pairs that `return_loss=True` adds, `global_alignment_loss`.
+        """
+        vision_output = self.get_image_features(
+            pixel_values,
+            local_pixel_values,
+            local_mask,
+            local_positions,
+            output_local_hidden_state=output_local_hidden_state,
+            return_dict=True,
+            **kwargs,
+        )
+        text_output = self.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+        image_embeds = unit_norm(vision_output.pooler_output)
+        text_embeds = unit_norm(text_output.pooler_output).to(image_embeds.device)
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp().to(image_embeds.device)
+        if self.logit_bias is not None:
+            logits_per_text = logits_per_text + self.logit_bias.to(image_embeds.device)
+        loss = None
+        if return_loss:
+            loss = self.global_alignment_loss(
+                image_embeds, text_embeds, text_output.pooler_output.to(image_embeds.device), study_ids, report_ids
+            )
+        return T3DOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            vision_model_output=vision_output,
+            text_model_output=text_output,
+        )
+
+
+class T3DForPreTraining(T3DPreTrainedModel):
+    r"""
+    T3D pre-training: global alignment of volumes and reports (GCA) and text-informed multi-view alignment (TMA).
+
+    Without TMA (`lambda_tma=0`) the model has no `multi_view_alignment` and needs no local views.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d import T3DConfig, T3DForPreTraining
+
+    >>> model = T3DForPreTraining(T3DConfig.from_preset("tiny"))
+    >>> output = model(
+    ...     input_ids=torch.tensor([[2, 5, 3], [2, 7, 3]]),
+    ...     pixel_values=torch.randn(2, 1, 16, 32, 32),
+    ...     local_pixel_values=torch.randn(2, 3, 1, 16, 16, 16),
+    ... )
+    >>> output.num_valid_anchors.item(), bool(output.loss.isclose(output.loss_gca + output.loss_tma))
+    (6, True)
+
+    ```"""
+
+    # The losses are means over all pairs of a step, and none over a count that a trainer could know.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: T3DConfig):
+        super().__init__(config)
+        self.t3d = T3DModel(config)
+        self.multi_view_alignment = T3DMultiViewAlignment(config) if config.lambda_tma > 0 else None
+        self.post_init()
+
+    from_vision_text_pretrained = classmethod(T3DModel.from_vision_text_pretrained.__func__)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's word embeddings."""
+        return self.t3d.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the text tower's word embeddings."""
+        self.t3d.set_input_embeddings(value)
+
+    def freeze_text_layers(self) -> None:
+        """See [`T3DModel.freeze_text_layers`]."""
+        self.t3d.freeze_text_layers()
+
+    def clamp_logit_scale(self) -> None:
+        """See [`T3DModel.clamp_logit_scale`]."""
+        self.t3d.clamp_logit_scale()
+
+    def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
+        """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
+        return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
+
+    def _report_tokens(
+        self, text_output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected report tokens, `(batch, tokens, projection_dim)`, and which of them are no padding."""
+        tokens = self.t3d.text_projection(text_output.last_hidden_state)
+        if attention_mask is None:
+            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens, attention_mask.bool()
+
+    def _pool_own_views(
+        self,
+        tokens: torch.Tensor,
+        text_output: BaseModelOutputWithPooling,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Each view pooled as its own pair's report asks: `(batch, views, projection_dim)`."""
+        alignment = self.multi_view_alignment
+        if self.config.tma_query == "vision":
+            return alignment.pool_by_views(tokens, *self._report_tokens(text_output, attention_mask))
+        batch, num_views = tokens.shape[:2]
+        if self.config.tma_query == "none":
+            queries = alignment.learned_queries(tokens.device)[None]
+        else:
+            queries = text_output.pooler_output.repeat_interleave(num_views, dim=0)[:, None]
+        key, value = alignment.key_and_value(tokens.flatten(0, 1))
+        return alignment.pool_by_queries(queries, key, value)[0].unflatten(0, (batch, num_views))
+
+    def _contrast_same_query(
+        self,
+        tokens: torch.Tensor,
+        text_output: BaseModelOutputWithPooling,
+        attention_mask: torch.Tensor | None,
+        candidates: torch.Tensor | None,
+        **masks: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Every candidate view pooled as the anchor's report asks.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(pairs, views, tokens, projection_dim)`): of all ranks.
+            candidates (`torch.LongTensor` of shape `(own, candidates)`, *optional*): pairs that each anchor meets.
+        """
+        alignment = self.multi_view_alignment
+        num_pairs, num_views, num_tokens, size = tokens.shape
+        num_candidates = num_pairs if candidates is None else candidates.shape[1]
+        by_views = self.config.tma_query == "vision"
+        if by_views:
+            reports, report_mask = self._report_tokens(text_output, attention_mask)
+        else:
+            queries = text_output.pooler_output
+            key, value = alignment.key_and_value(tokens.flatten(0, 1))
+
+        def pool(start: int, stop: int) -> torch.Tensor:
+            chosen = None if candidates is None else candidates[start:stop]
+            if by_views:
+                asked = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen].flatten(1, 2)
+                views = alignment.pool_by_views(asked, reports[start:stop], report_mask[start:stop])
+            elif chosen is None:
+                views = alignment.pool_by_queries(queries[None, start:stop], key, value)
+            else:
+                own_key, own_value = (
+                    part.unflatten(0, (num_pairs, -1))[chosen].flatten(0, 2) for part in (key, value)
+                )
+                own_queries = queries[start:stop].repeat_interleave(num_candidates * num_views, dim=0)
+                views = alignment.pool_by_queries(own_queries[:, None], own_key, own_value)
+            return views.view(stop - start, num_candidates, num_views, size)
+
+        per_view = 4 * size + 2 * self.config.projection_hidden_size + self.config.num_tma_heads * num_tokens
+        if by_views or candidates is not None:
+            per_view += 3 * num_tokens * size
+        chunk_size = max(1, _MAX_POOLED_ELEMENTS // (per_view * num_candidates * num_views))
+        return chunked_multi_view_contrastive(
+            pool, chunk_size=chunk_size, temperature=self.config.tma_temperature, **masks
+        )
+
+    def multi_view_alignment_loss(
+        self,
+        text_output: BaseModelOutputWithPooling,
+        local_hidden_state: torch.Tensor,
+        local_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        study_ids: torch.Tensor | None = None,
+        report_ids: torch.Tensor | None = None,
+    ) -> T3DForPreTrainingOutput:
+        r"""
+        TMA over the views of all ranks.
+
+        Args:
+            text_output (`BaseModelOutputWithPooling`): from `get_text_features`.
+            local_hidden_state (`torch.Tensor` of shape `(batch, views, hidden_size, d, h, w)`): views' token maps.
+            local_mask (`torch.BoolTensor` of shape `(batch, views)`, *optional*): views that exist; all by default.
+            attention_mask, study_ids, report_ids: as in `forward`.
+
+        Returns:
+            [`T3DForPreTrainingOutput`] with `loss_tma`, its counts and `local_embeds`.
+        """
+        device = local_hidden_state.device
+        batch, num_views = local_hidden_state.shape[:2]
+        if local_mask is None:
+            local_mask = torch.ones(batch, num_views, dtype=torch.bool)
+        local_mask = local_mask.to(device, torch.bool)
+        sizes = gather_sizes(batch, device)
+        num_pairs, offset = sum(sizes), sum(sizes[: rank()])
+        if num_pairs < 2:
+            raise ValueError("multi-view alignment needs negatives: the global batch holds 1 pair; use at least 2")
+        excluded = gathered_non_negatives(study_ids, report_ids, sizes, device)
+        all_masks = all_gather(local_mask, sizes)
+        num_negative_pairs = self.config.tma_negative_pairs
+        candidates = None
+        if num_negative_pairs is None or num_negative_pairs >= num_pairs - 1:
+            own_pair = offset + torch.arange(batch, device=device)
+            view_mask = all_masks.expand(batch, -1, -1)
+        else:
+            candidates = draw_candidate_pairs(batch, num_pairs, offset, num_negative_pairs, device=device)
+            own_pair = torch.zeros(batch, dtype=torch.int64, device=device)
+            view_mask, excluded = all_masks[candidates], excluded.gather(1, candidates)
+
+        tokens = self.project_tokens(local_hidden_state)
+        masks = {"own_pair": own_pair, "view_mask": view_mask, "excluded": excluded}
+        # A learnt query is the same for every pair: whose query it is makes no difference.
+        if self.config.tma_query == "none" or self.config.tma_negatives == "own_query":
+            own_views = self._pool_own_views(tokens, text_output, attention_mask)
+            views = all_gather(own_views, sizes)
+            views = views.expand(batch, -1, -1, -1) if candidates is None else views[candidates]
+            terms = multi_view_contrastive(views, temperature=self.config.tma_temperature, **masks)
+        else:
+            with torch.no_grad():
+                own_views = self._pool_own_views(tokens, text_output, attention_mask)
+            terms = self._contrast_same_query(
+                all_gather(tokens, sizes), text_output, attention_mask, candidates, **masks
+            )
+        total, count, log_candidates = terms
+        num_skipped = (local_mask.sum(dim=1) < 2).sum()
+        sums = all_reduce_sum(torch.stack([count.to(total), num_skipped.to(total), log_candidates]))
+        return T3DForPreTrainingOutput(
+            loss_tma=global_mean(total, count),
+            log_num_candidates=sums[2] / sums[0].clamp(min=1),
+            num_valid_anchors=sums[0].long(),
+            num_skipped_pairs=sums[1].long(),
+            local_embeds=own_views.detach(),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        local_positions: torch.Tensor | None = None,
+        return_loss: bool = True,
+        study_ids: torch.Tensor | None = None,
+        report_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> T3DForPreTrainingOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, token_type_ids: the reports, as in [`T3DModel.get_text_features`].
+            pixel_values, local_pixel_values, local_mask, local_positions: the volumes, as in
+                [`T3DModel.get_image_features`].
+            return_loss (`bool`, defaults to `True`): compute the losses, over the pairs of all ranks.
+            study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): pairs that share one that is
+                not negative are not negatives of each other. All ranks give them, or none.
+        """
+        aligns_views = return_loss and self.multi_view_alignment is not None
+        if aligns_views and local_pixel_values is None:
+            raise ValueError(
+                f"lambda_tma={self.config.lambda_tma} needs local views: pass local_pixel_values (the processor's "
+                "views=N), or set lambda_tma=0 in the configuration"
+            )
+        outputs = self.t3d(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            local_pixel_values=local_pixel_values,
+            local_mask=local_mask,
+            local_positions=local_positions,
+            return_loss=return_loss and self.config.lambda_gca > 0,
+            study_ids=study_ids,
+            report_ids=report_ids,
+            output_local_hidden_state=aligns_views,
+            return_dict=True,
+            **kwargs,
+        )
+        result = T3DForPreTrainingOutput()
+        if aligns_views:
+            result = self.multi_view_alignment_loss(
+                outputs.text_model_output,
+                outputs.vision_model_output.local_hidden_state,
+                local_mask,
+                attention_mask,
+                study_ids,
+                report_ids,
+            )
+        terms = [(self.config.lambda_gca, outputs.loss), (self.config.lambda_tma, result.loss_tma)]
+        terms = [weight * term for weight, term in terms if term is not None]
+        return T3DForPreTrainingOutput(
+            loss=sum(terms) if terms else None,
+            loss_gca=outputs.loss,
+            loss_tma=result.loss_tma,
+            log_num_candidates=result.log_num_candidates,
+            num_valid_anchors=result.num_valid_anchors,
+            num_skipped_pairs=result.num_skipped_pairs,
+            logits_per_image=outputs.logits_per_image,
+            logits_per_text=outputs.logits_per_text,
+            image_embeds=outputs.image_embeds,
+            text_embeds=outputs.text_embeds,
+            local_embeds=result.local_embeds,
+        )
+
+    @torch.no_grad()
+    def get_text_attention(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        local_hidden_state: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Where in each view a text looks, for localisation: a report, or the prompt of a class.
+
+        `tma_query="text"`: the attention of the text's query, mean over heads; `"none"`: of the learnt query,
+        whatever the text. Otherwise (`"vision"`, whose attention runs over the report, and models without TMA):
+        softmax over the view's tokens of their similarity to the text, at the temperature of global alignment.
+
+        Args:
+            input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(texts, tokens)`): one text per
+                volume, or any number of texts for one volume.
+            local_pixel_values (`torch.Tensor` of shape `(volumes, views, num_channels, d, h, w)`), local_mask: the
+                views.
+            local_hidden_state (`torch.Tensor` of shape `(volumes, views, hidden_size, d', h', w')`, *optional*):
+                instead of the views, their maps from [`T3DModel.encode_local_views`], for use with many texts.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts, views, d', h', w')`: sums to 1 over each view's grid; zeros for views
+            that the mask leaves out.
+        """
+        if local_hidden_state is None:
+            if local_pixel_values is None:
+                raise ValueError("get_text_attention needs views: pass local_pixel_values or local_hidden_state")
+            local_hidden_state, local_mask = self.t3d.encode_local_views(local_pixel_values, local_mask)
+        queries = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
+        if len(local_hidden_state) not in (1, len(queries)):
+            raise ValueError(f"{len(queries)} texts for {len(local_hidden_state)} volumes: give one text per volume")
+        tokens = self.project_tokens(local_hidden_state)
+        alignment = self.multi_view_alignment
+        if alignment is None or self.config.tma_query == "vision":
+            scores = torch.einsum(
+                "td,tvnd->tvn", unit_norm(queries), unit_norm(tokens).expand(len(queries), -1, -1, -1)
+            )
+            weights = (scores * self.t3d.logit_scale.exp()).softmax(dim=-1)
+        else:
+            if self.config.tma_query == "none":
+                queries = alignment.learned_queries(queries.device).expand(len(queries), -1)
+            weights = alignment.attention_map(queries, tokens)
+        weights = weights.unflatten(2, local_hidden_state.shape[3:])
+        return weights if local_mask is None else weights * local_mask[..., None, None, None].to(weights)
+
+
+class T3DForImageClassification(T3DPreTrainedModel):
+    r"""
+    The vision tower with a linear classifier on the mean of its token map; `config.problem_type` chooses the loss
+    (cross entropy, binary cross entropy per label, squared error).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d import T3DConfig, T3DForImageClassification
+
+    >>> config = T3DConfig.from_preset("tiny").vision_config
+    >>> config.num_labels, config.problem_type = 3, "multi_label_classification"
+    >>> model = T3DForImageClassification(config)
+    >>> tuple(model(torch.zeros(2, 1, 16, 32, 32), labels=torch.zeros(2, 3)).logits.shape)
+    (2, 3)
+
+    ```"""
+
+    config: T3DVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # The loss is the mean over the batch it is given, whatever count a trainer offers.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__(config)
+        self.vision_model = T3DVisionModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's first layer."""
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> ImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, depth, height, width)`): global views.
+            labels (`torch.LongTensor` of shape `(batch,)` or `torch.Tensor` of shape `(batch, num_labels)`,
+                *optional*): classes, or one number per label.
+        """
+        output = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(output.pooler_output))
+        loss = None
+        if labels is not None:
+            if self.config.problem_type in ("multi_label_classification", "regression"):
+                labels = labels.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = self.loss_function(labels, logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+__all__ = [
+    "T3DForImageClassification",
+    "T3DForPreTraining",
+    "T3DForPreTrainingOutput",
+    "T3DModel",
+    "T3DOutput",
+    "T3DPreTrainedModel",
+    "T3DVisionModel",
+    "T3DVisionModelOutput",
+]
