@@ -1,0 +1,266 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The zero-shot pipeline: scans and label names in, sorted scores out. Reading and cutting is the processor's work."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pipelines.base import Pipeline
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_PHANTOMS_ALONE = (
+    "this model was trained on phantoms alone; its scores on real scans mean nothing; it is not a medical device"
+)
+
+
+def _parse_labels(candidate_labels: str | Sequence[str] | None) -> list[str]:
+    """Label names from a list, or from one string that separates them by commas; none at all is an error."""
+    remedy = "pass the names to score, such as candidate_labels=['pleural effusion', 'lung nodule']"
+    if candidate_labels is None:
+        raise ValueError(f"candidate_labels is missing: {remedy}")
+    names = candidate_labels.split(",") if isinstance(candidate_labels, str) else list(candidate_labels)
+    if not names or names == [""]:
+        raise ValueError(f"candidate_labels is empty: {remedy}")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"candidate_labels holds {name!r}, which is no name: {remedy}")
+    return [name.strip() for name in names]
+
+
+def _parse_templates(hypothesis_template: str | Sequence[str], absent_template: str) -> tuple[str, str]:
+    """The (present, absent) templates of a pair, or of a single template and the `absent_template` beside it."""
+    single = isinstance(hypothesis_template, str)
+    templates = (hypothesis_template, absent_template) if single else tuple(hypothesis_template)
+    if len(templates) != 2:
+        raise ValueError(f"hypothesis_template must be one template or a (present, absent) pair, got {templates!r}")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"hypothesis_template {template!r} must hold {{}} exactly once, where the label goes")
+    return templates
+
+
+def _trained_on_phantoms_alone(provenance: dict | None) -> bool:
+    """Whether a configuration's provenance names phantoms, and nothing else, as training data."""
+    sources = (provenance or {}).get("training_data") or []
+    sources = [sources] if isinstance(sources, str) else sources
+    return bool(sources) and all("phantom" in str(source).lower() for source in sources)
+
+
+class ZeroShotVolumeClassificationPipeline(Pipeline):
+    r"""
+    Scores free-text labels on CT volumes with a [`T3DModel`], under the task `"zero-shot-volume-classification"`.
+
+    With `multi_label=True` each label is scored by itself: `sigmoid((v . t_present - v . t_absent) / tau)`, where `v`
+    is the volume's unit-norm embedding and `t` those of the two prompts. With `multi_label=False` the labels compete:
+    a softmax over `v . t_present / tau`. Scores rank findings; they are not calibrated probabilities.
+
+    Example:
+
+    ```python
+    >>> import modeling_t3d
+    >>> from transformers import pipeline
+
+    >>> classifier = pipeline("zero-shot-volume-classification", model="path/to/checkpoint")  # doctest: +SKIP
+    >>> classifier("chest.nii.gz", candidate_labels=["pleural effusion", "lung nodule"])  # doctest: +SKIP
+    [{'label': 'pleural effusion', 'score': 0.93}, {'label': 'lung nodule', 'score': 0.21}]
+
+    ```"""
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args: Any, hypothesis_template: str | Sequence[str] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.hypothesis_template = hypothesis_template
+        self.model.eval()
+
+    def __call__(
+        self,
+        inputs: Any,
+        candidate_labels: str | Sequence[str] | None = None,
+        *,
+        affine: Any = None,
+        hypothesis_template: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Score labels on one volume, or on each of a batch.
+
+        Args:
+            inputs: a volume, or a list, generator or data set of volumes. A volume is a path (`.nii`, `.nii.gz`,
+                `.nrrd`, `.mha`, a folder with one DICOM series), a [`Volume`], a nibabel image, or an array or tensor
+                in HU with its `affine`. In a batch, `{"volume": ..., "affine": ...}` is a volume too.
+            candidate_labels (`list[str]` or `str`): names to score; a string is split on commas.
+            affine (`np.ndarray` of shape `(4, 4)`, *optional*):
+                Maps the indices of an array, in its own axis order, to RAS+ world (x, y, z) in mm. For a list of
+                arrays a list of affines, or one for all.
+            hypothesis_template (`str` or a pair of them, *optional*):
+                How a label becomes a prompt; by default the processor's pair, `"{} is present."` and
+                `"{} is not present."`. A single template keeps the default second one, which only `multi_label=True`
+                reads: give a pair where the wording matters.
+            multi_label (`bool`, defaults to `True`): score each label by itself, or all against each other.
+            views (`"grid"` or `int`, *optional*):
+                Full-resolution local views: tiles over the whole uncropped volume, or that many random ones. By
+                default what the model's `view_fusion` reads: the grid, or none for `"global"`.
+            seed (`int`, defaults to 0): places random views.
+            view_batch_size (`int`, defaults to 8):
+                Local views that pass through the vision tower at once: bounds memory, changes scores by rounding only.
+            batch_size, num_workers (`int`, *optional*): as in every pipeline.
+
+        Returns:
+            `list[dict]`: `{"label", "score"}`, highest score first; for a batch a list (generators and data sets: an
+            iterator) of these.
+        """
+        if isinstance(inputs, list | tuple):
+            inputs = self._name_volumes(inputs, affine)
+            if not inputs:
+                return []
+        elif affine is not None:
+            inputs = {"volume": inputs, "affine": affine}
+        if candidate_labels is not None:
+            kwargs["candidate_labels"] = candidate_labels
+        settings = {**self._postprocess_params, **self._sanitize_parameters(**kwargs)[2]}
+        template = self.hypothesis_template if hypothesis_template is None else hypothesis_template
+        template = self.processor.present_template if template is None else template
+        present, absent = _parse_templates(template, self.processor.absent_template)
+        labels = _parse_labels(settings.get("candidate_labels"))
+        prompts = [present.replace("{}", label) for label in labels]
+        if settings.get("multi_label", True):
+            prompts += [absent.replace("{}", label) for label in labels]
+        text_embeds = self._embed_prompts(prompts)
+        if _trained_on_phantoms_alone(self.model.config.provenance):
+            logger.warning_once(_PHANTOMS_ALONE)
+        return super().__call__(inputs, text_embeds=text_embeds, **kwargs)
+
+    @staticmethod
+    def _name_volumes(volumes: Sequence[Any], affine: Any) -> list[dict[str, Any]]:
+        """The volumes of a list with their affines, and with their places in it for messages."""
+        affines = [affine] * len(volumes) if affine is None or np.ndim(affine) == 2 else list(affine)
+        if len(affines) != len(volumes):
+            raise ValueError(f"{len(affines)} affines for {len(volumes)} volumes: give one each, or one for all")
+        named = []
+        for index, (volume, its_affine) in enumerate(zip(volumes, affines, strict=True)):
+            item = dict(volume) if isinstance(volume, dict) else {"volume": volume, "affine": its_affine}
+            named.append({"name": f"volume {index}", **item})
+        return named
+
+    def _sanitize_parameters(
+        self,
+        *,
+        candidate_labels: str | Sequence[str] | None = None,
+        multi_label: bool | None = None,
+        views: int | str | None = None,
+        seed: int | None = None,
+        view_batch_size: int | None = None,
+        text_embeds: Tensor | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The options that were given, by the step that reads them; an unknown option is a `TypeError`."""
+        if view_batch_size is not None and view_batch_size < 1:
+            raise ValueError(f"view_batch_size must be at least 1, got {view_batch_size}")
+        steps = (
+            {"views": views, "seed": seed},
+            {"view_batch_size": view_batch_size, "text_embeds": text_embeds},
+            {
+                "candidate_labels": None if candidate_labels is None else _parse_labels(candidate_labels),
+                "multi_label": multi_label,
+            },
+        )
+        preprocess, forward, postprocess = (
+            {name: value for name, value in step.items() if value is not None} for step in steps
+        )
+        return preprocess, forward, postprocess
+
+    def _embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Unit-norm embeddings (prompts, projection_dim), in float32."""
+        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt")
+        # Towers with relative positions have no such limit.
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", self.tokenizer.model_max_length)
+        limit = min(self.tokenizer.model_max_length, positions)
+        lengths = tokens["attention_mask"].sum(dim=1)
+        if lengths.max() > limit:
+            longest = prompts[int(lengths.argmax())]
+            raise ValueError(f"the prompt {longest!r} has {lengths.max()} tokens, at most {limit} fit: shorten it")
+        with self.device_placement(), torch.no_grad():
+            embeds = self.model.base_model.get_text_features(**tokens.to(self.device)).pooler_output
+        return nn.functional.normalize(embeds.float(), dim=-1)
+
+    def preprocess(self, inputs: Any, views: int | str | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """One volume to the tensors of its global view and, where the model's fusion reads them, of local views."""
+        item = inputs if isinstance(inputs, dict) else {"volume": inputs}
+        if self.model.config.view_fusion != "global":
+            views = "grid" if views is None else views
+        elif views is not None:
+            logger.warning_once(f"views={views!r} is not used: view_fusion='global' embeds the global view alone")
+            views = None
+        image_processor = self.processor.image_processor
+        prepared = image_processor.prepare(item["volume"], item.get("affine"), name=item.get("name", "the volume"))
+        return dict(image_processor(prepared, views=views, seed=seed, return_tensors="pt"))
+
+    def forward(self, model_inputs: dict[str, Tensor], **forward_params: Any) -> dict[str, Tensor]:
+        """As in every pipeline, but local views stay in host memory: `_forward` moves them chunk by chunk."""
+        local_pixel_values = model_inputs.pop("local_pixel_values", None)
+        return super().forward(model_inputs, local_pixel_values=local_pixel_values, **forward_params)
+
+    def _forward(
+        self,
+        model_inputs: dict[str, Tensor],
+        text_embeds: Tensor,
+        local_pixel_values: Tensor | None = None,
+        view_batch_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """Scaled similarities (batch, prompts), in float32; the bias of a sigmoid loss cancels in every score."""
+        model = self.model.base_model
+        features = model.vision_model(model_inputs["pixel_values"]).pooler_output
+        if model.config.view_fusion != "global":
+            mask = model_inputs["local_mask"]
+            local_features = self._encode_local_views(local_pixel_values, mask, view_batch_size, features)
+            features = model.fuse_views(features, local_features, mask, model_inputs["local_positions"])
+        image_embeds = nn.functional.normalize(model.visual_projection(features).float(), dim=-1)
+        scale = model.logit_scale.exp().to(image_embeds.device)
+        return {"logits": image_embeds @ text_embeds.to(image_embeds.device).T * scale}
+
+    def _encode_local_views(
+        self, local_pixel_values: Tensor, local_mask: Tensor, view_batch_size: int, like: Tensor
+    ) -> Tensor:
+        """Pooled local views (batch, views, hidden_size), zeros where masked; one chunk at a time is on the device."""
+        valid = local_mask.flatten().nonzero().flatten().to(local_pixel_values.device)
+        views = local_pixel_values.flatten(0, 1)
+        features = like.new_zeros(len(views), like.shape[-1])
+        for chunk in valid.split(view_batch_size):
+            pooled = self.model.base_model.vision_model(views[chunk].to(self.device)).pooler_output
+            features[chunk.to(features.device)] = pooled.to(features)
+        return features.unflatten(0, local_mask.shape)
+
+    def postprocess(
+        self,
+        model_outputs: dict[str, Tensor],
+        candidate_labels: Sequence[str],
+        multi_label: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Scores of one volume from its logits (1, prompts), highest first; equal scores keep the labels' order."""
+        logits = model_outputs["logits"][0].float()
+        if multi_label:
+            present, absent = logits.chunk(2)
+            scores = (present - absent).sigmoid()
+        else:
+            scores = logits.softmax(dim=-1)
+        ranked = sorted(zip(candidate_labels, scores.tolist(), strict=True), key=lambda entry: -entry[1])
+        return [{"label": label, "score": score} for label, score in ranked]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model, processor and this pipeline's code: the folder then runs where the package is not installed."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+__all__ = ["ZeroShotVolumeClassificationPipeline"]
