@@ -1,0 +1,264 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""From manifest rows to the batches that [`T3DForPreTraining`] takes. Random views and texts depend on (seed, epoch,
+batch, index) alone, so that resuming, evaluating or adding loader processes changes none of them."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..geometry_t3d import VolumeError, aligned_positions
+from ..prepared_volume_t3d import PreparedVolume
+from .cache import PreparedVolumeCache
+from .manifest import ManifestRow, split_sentences
+
+logger = logging.getLogger(__name__)
+
+# Streams of random numbers: one part of a sample can change without moving the draws of another.
+_VIEWS, _ALIGNED, _SENTENCES = range(3)
+
+
+@dataclass
+class PretrainingSample:
+    """
+    One item of a [`PretrainingDataset`].
+
+    Args:
+        prepared (`PreparedVolume`): what views are cut from.
+        text (`str`): the report, or the sentences of it that this epoch shows.
+        study_id, report_id (`int`): equal ones are not negatives of each other.
+        view_seed (`tuple[int, ...]`): seeds the places of this sample's views.
+        batch_seed (`tuple[int, ...]`): seeds what the views of a batch share; equal on all processes.
+    """
+
+    prepared: PreparedVolume
+    text: str
+    study_id: int
+    report_id: int
+    view_seed: tuple[int, ...]
+    batch_seed: tuple[int, ...]
+
+
+class PretrainingDataset(Dataset):
+    """
+    Volumes with reports. A volume is prepared once and kept on disk; a failing one raises and names its file.
+
+    Args:
+        rows (`list[ManifestRow]`): of one split; see [`~modeling_t3d.data.manifest.read_manifest`].
+        image_processor (`T3DImageProcessor`): prepares volumes and later cuts views.
+        cache_dir (`str` or `Path`, *optional*): keeps prepared volumes; without it they are prepared at every access.
+        seed (`int`, defaults to 0): of views and sentences.
+        text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
+            The whole report, or a random subset of its sentences in their order, another one in every epoch [choice]:
+            prompts of a zero-shot classifier are single sentences.
+
+    Example:
+
+    ```python
+    >>> import pathlib, tempfile
+    >>> import nibabel, numpy as np
+    >>> from modeling_t3d.data.datasets import PretrainingDataset
+    >>> from modeling_t3d.data.manifest import read_manifest
+    >>> from modeling_t3d.image_processing_t3d import T3DImageProcessor
+
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> scan = np.full((40, 40, 20), -1000, dtype=np.int16)
+    >>> scan[8:32, 8:32] = 40
+    >>> nibabel.save(nibabel.Nifti1Image(scan, np.diag([3.0, 3.0, 3.0, 1.0])), folder / "a.nii.gz")
+    >>> _ = (folder / "manifest.csv").write_text("volume,report\\na.nii.gz,The heart is of normal size.\\n")
+    >>> processor = T3DImageProcessor(spacing=(3, 3, 3), global_size=(16, 16, 16), local_size=(8, 8, 8))
+    >>> dataset = PretrainingDataset(read_manifest(folder / "manifest.csv").rows, processor, folder / "prepared")
+    >>> dataset[0].prepared.array.shape
+    (20, 40, 40)
+
+    ```"""
+
+    def __init__(
+        self,
+        rows: Sequence[ManifestRow],
+        image_processor: Any,
+        cache_dir: str | Path | None = None,
+        *,
+        seed: int = 0,
+        text_sampling: Literal["report", "sentences"] = "report",
+    ) -> None:
+        if text_sampling not in ("report", "sentences"):
+            raise ValueError(f"text_sampling must be 'report' or 'sentences', got {text_sampling!r}")
+        missing = [row.number for row in rows if not row.report]
+        if missing:
+            raise ValueError(
+                f"row {missing[0]} of the manifest has no report; pre-training needs one for every volume"
+            )
+        self.rows = list(rows)
+        self.image_processor = image_processor
+        self.cache = PreparedVolumeCache(cache_dir, image_processor.preparation_key()) if cache_dir else None
+        self.seed = seed
+        self.text_sampling = text_sampling
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the rows pair: a run must not resume on other data."""
+        digest = hashlib.sha256(self.text_sampling.encode())
+        for row in self.rows:
+            digest.update(f"{row.volume.name}\0{row.report}\0{row.study_id}\0".encode())
+        return digest.hexdigest()
+
+    def prepared(self, index: int) -> PreparedVolume:
+        """The prepared volume of a row."""
+        source = self.rows[index].volume
+        try:
+            return self.cache.load(source, self._prepare) if self.cache else self._prepare(source)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{source}: the volume of row {self.rows[index].number} has vanished") from None
+
+    def _prepare(self, source: Path) -> PreparedVolume:
+        return self.image_processor.prepare(source)
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> PretrainingSample:
+        """A sample by index, or by (epoch, position of the batch in the epoch, index) as the trainer asks for it."""
+        epoch, batch, index = (0, 0, key) if isinstance(key, int) else key
+        row = self.rows[index]
+        text = row.report
+        if self.text_sampling == "sentences":
+            text = sample_sentences(text, (self.seed, epoch, stable_id(text)))
+        return PretrainingSample(
+            prepared=self.prepared(index),
+            text=text,
+            study_id=stable_id(row.study_id),
+            report_id=stable_id(text),
+            view_seed=(self.seed, _VIEWS, epoch, index),
+            batch_seed=(self.seed, _ALIGNED, epoch, batch),
+        )
+
+    def prepare_all(self, num_workers: int = 1, *, rank: int = 0, num_processes: int = 1) -> Counter[str]:
+        """
+        Fill the cache before training; a volume that cannot be read raises here and not hours later.
+
+        Args:
+            num_workers (`int`, defaults to 1): processes; 0 uses this one.
+            rank, num_processes (`int`): prepare only this process's share of the rows.
+
+        Returns:
+            How many volumes came with each warning (`Counter`); they are printed too.
+        """
+        if self.cache is None:
+            raise ValueError("prepare_all fills a cache: give the data set a cache_dir")
+        indices = range(rank, len(self), num_processes)
+        loader = DataLoader(
+            _Preparation(self, indices),
+            batch_size=None,
+            num_workers=num_workers,
+            # A loader seeds its workers from the global generator unless it is given one.
+            generator=torch.Generator(),
+        )
+        warnings: Counter[str] = Counter()
+        for outcome in tqdm(loader, desc="preparing volumes", unit="volume", disable=None if rank == 0 else True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            warnings.update(outcome)
+        for warning, count in warnings.most_common():
+            logger.warning("%d volumes: %s", count, warning)
+        return warnings
+
+
+class _Preparation(Dataset):
+    """Prepares volumes in loader processes; errors travel as values, because a loader wraps those that are raised."""
+
+    def __init__(self, dataset: PretrainingDataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> list[str] | Exception:
+        try:
+            return list(self.dataset.prepared(self.indices[position]).warnings)
+        except (VolumeError, OSError) as error:
+            return error
+
+
+def stable_id(text: str) -> int:
+    """Non-negative 63-bit hash of a text, case and white space aside; equal in every process and run."""
+    normalised = " ".join(text.casefold().split())
+    return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def sample_sentences(text: str, seed: tuple[int, ...]) -> str:
+    """A random non-empty subset of a report's sentences, in their order; every size is equally likely.
+
+    The same text and seed give the same subset, so that identical reports stay identical.
+    """
+    sentences = split_sentences(text)
+    generator = np.random.default_rng((_SENTENCES, *seed))
+    count = int(generator.integers(1, len(sentences) + 1))
+    chosen = np.sort(generator.choice(len(sentences), size=count, replace=False))
+    return " ".join(sentences[position] for position in chosen)
+
+
+class PretrainingCollator:
+    """
+    Samples to a batch of [`T3DForPreTraining`]: views are cut, reports tokenised and padded to the longest.
+
+    Args:
+        processor (`T3DProcessor`): image processor and tokenizer.
+        num_local_views (`int`, *optional*): per volume; the image processor's by default, 0 for none.
+        max_report_tokens (`int`, defaults to 512): longer reports are cut; see `count_truncated`.
+    """
+
+    def __init__(self, processor: Any, *, num_local_views: int | None = None, max_report_tokens: int = 512) -> None:
+        self.image_processor = processor.image_processor
+        self.tokenizer = processor.tokenizer
+        self.num_local_views = self.image_processor.num_local_views if num_local_views is None else num_local_views
+        self.max_report_tokens = min(max_report_tokens, self.tokenizer.model_max_length)
+
+    def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
+        """One batch; view places come from the samples' seeds, never from a global generator."""
+        batch = dict(
+            self.tokenizer(
+                [sample.text for sample in samples],
+                padding="longest",
+                truncation=True,
+                max_length=self.max_report_tokens,
+                return_tensors="pt",
+            )
+        )
+        batch["pixel_values"] = torch.stack([self.image_processor.global_view(sample.prepared) for sample in samples])
+        if self.num_local_views:
+            batch.update(self._local_views(samples))
+        batch["study_ids"] = torch.tensor([sample.study_id for sample in samples])
+        batch["report_ids"] = torch.tensor([sample.report_id for sample in samples])
+        return batch
+
+    def _local_views(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
+        shared = None
+        if self.image_processor.view_sampling == "aligned":
+            shared = aligned_positions(self.num_local_views, np.random.default_rng(samples[0].batch_seed))
+        return self.image_processor.stack_views(
+            [
+                self.image_processor.make_views(
+                    sample.prepared, self.num_local_views, np.random.default_rng(sample.view_seed), shared
+                )
+                for sample in samples
+            ]
+        )
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many reports have more tokens than the model is given."""
+        lengths = (len(ids) for ids in self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
+        return sum(length > self.max_report_tokens for length in lengths)
+
+
+__all__ = ["PretrainingCollator", "PretrainingDataset", "PretrainingSample", "sample_sentences", "stable_id"]

@@ -1,0 +1,291 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Typed settings of a pre-training run and the YAML files that hold them; an unknown key or a value of the wrong type
+raises with the nearest name. Nothing is read from the environment."""
+
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class ConfigurationError(ValueError):
+    """A setting that does not exist or cannot be what it is; the message names it and the remedy."""
+
+
+@dataclass
+class T3DTrainingArguments:
+    """
+    How [`T3DTrainer`] trains. The publications give none of these numbers: each is a choice of this implementation.
+
+    Args:
+        output_dir (`str`): everything that a run writes lies below it.
+        max_steps (`int`, *optional*): optimiser steps; the schedule follows them and the run is reproducible.
+        max_train_minutes (`float`, *optional*):
+            Minutes of training, validation and checkpoints not counted. The schedule follows the share of the time
+            that has passed, so two runs take different steps: **not** reproducible bit by bit. With `max_steps` too,
+            the one that is reached first ends the run.
+        num_train_epochs (`float`, defaults to 20): the length of a run that sets neither of the two.
+        per_device_train_batch_size (`int`, defaults to 32): volume-report pairs per process and forward pass.
+        gradient_accumulation_steps (`int`, defaults to 1):
+            Forward passes per optimiser step, whose losses are averaged. It does not enlarge the contrastive batch.
+        drop_last (`bool`, defaults to `True`):
+            Leave out the pairs of an epoch that do not fill a step (others in every epoch). Otherwise the last step
+            is smaller; no pair is ever repeated to fill it.
+        dataloader_num_workers (`int`, defaults to 0): processes that cut views; 0 cuts them between the steps.
+        vision_learning_rate, head_learning_rate (`float`, default to 1e-4), text_learning_rate (`float`, 2e-5):
+            Peak rates of the parameters below `vision_model`, below `text_model`, and of all others.
+        min_learning_rate (`float`, defaults to 1e-6): where the cosine ends.
+        warmup_ratio (`float`, defaults to 0.05): share of the run in which the rates rise linearly.
+        weight_decay (`float`, defaults to 0.05): not on biases, norms and the temperature.
+        adam_beta1, adam_beta2, adam_epsilon (`float`): AdamW's 0.9, 0.999, 1e-8.
+        max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are clipped to this norm; `None` clips nothing.
+        mixed_precision (`"auto"`, `"bf16"` or `"no"`, defaults to `"auto"`): `"auto"` is bf16 on CUDA devices that
+            compute in it and full precision elsewhere.
+        activation_checkpointing (`bool`, defaults to `False`): recompute the blocks in the backward pass.
+        num_processes (`int`, *optional*):
+            How many processes the run must have; another count is refused before the first step. Some launchers
+            start one process where several were asked for.
+        use_cpu (`bool`, defaults to `False`): train on the CPU though there is an accelerator.
+        find_unused_parameters (`bool`, defaults to `True`):
+            Several processes: let a step leave some parameters without gradient (a term of weight 0, no local views).
+        logging_steps (`int`, defaults to 10), eval_steps, save_steps (`int`, *optional*, default to none and 200):
+            Optimiser steps between log lines, validations and checkpoints. Both also happen at the end of the run.
+        save_total_limit (`int`, *optional*, defaults to 2): how many checkpoints are kept; `None` keeps all.
+        trackers (`list[str]`, defaults to `["tensorboard"]`): Accelerate's names of experiment trackers.
+        seed (`int`, defaults to 42): order of the pairs, views and dropout.
+    """
+
+    output_dir: str
+    max_steps: int | None = None
+    max_train_minutes: float | None = None
+    num_train_epochs: float = 20.0
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    drop_last: bool = True
+    dataloader_num_workers: int = 0
+    vision_learning_rate: float = 1e-4
+    head_learning_rate: float = 1e-4
+    text_learning_rate: float = 2e-5
+    min_learning_rate: float = 1e-6
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.05
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
+    activation_checkpointing: bool = False
+    num_processes: int | None = None
+    use_cpu: bool = False
+    find_unused_parameters: bool = True
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = 200
+    save_total_limit: int | None = 2
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "max_train_minutes",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_grad_norm",
+            "num_processes",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"training.{name} must be positive, got {value}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigurationError(f"training.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
+        if self.dataloader_num_workers < 0:
+            raise ConfigurationError(
+                f"training.dataloader_num_workers must be 0 or more, got {self.dataloader_num_workers}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, for trackers, checkpoints and the model card."""
+        return asdict(self)
+
+
+@dataclass
+class DataArguments:
+    """
+    What a run trains on.
+
+    Args:
+        manifest (`str`): the `.csv` or `.jsonl` file; see [`~modeling_t3d.data.manifest`].
+        train_split, validation_split (`str`): which rows train and which are scored during training; the second may
+            be `None`.
+        sections (`"both"`, `"findings"` or `"impression"`): which sections make the text.
+        min_report_words (`int`, defaults to 5): rows with a shorter report are dropped, counted and printed.
+        max_report_tokens (`int`, defaults to 512): longer reports are cut, counted and printed.
+        text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
+            The whole report, or a random subset of its sentences, another one in every epoch [choice].
+        cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
+        num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
+        name, license (`str`, *optional*): for the model card and the provenance in the configuration.
+        synthetic (`bool`, defaults to `False`): the volumes are no patients but phantoms; said in the card, and once
+            by whatever uses the model.
+    """
+
+    manifest: str
+    train_split: str = "train"
+    validation_split: str | None = "validation"
+    sections: Literal["both", "findings", "impression"] = "both"
+    min_report_words: int = 5
+    max_report_tokens: int = 512
+    text_sampling: Literal["report", "sentences"] = "report"
+    cache_dir: str | None = None
+    num_preparation_workers: int = 1
+    name: str | None = None
+    license: str | None = None
+    synthetic: bool = False
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model, from what weights.
+
+    Args:
+        preset (`str`, defaults to `"base"`): a preset of [`T3DConfig`].
+        overrides (`dict`): fields of [`T3DConfig`] to change; a `dict` in it changes fields of a tower.
+        vision_model_name_or_path, text_model_name_or_path (`str`, *optional*):
+            Folders or Hub names of pretrained towers; a tower without one starts from scratch.
+        tokenizer_name_or_path (`str`, *optional*):
+            The text tower's by default; without a pretrained text tower one is trained on the training reports.
+        tokenizer_vocab_size (`int`, defaults to 1024): of a tokenizer that is trained.
+    """
+
+    preset: str = "base"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    vision_model_name_or_path: str | None = None
+    text_model_name_or_path: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_vocab_size: int = 1024
+
+
+@dataclass
+class PretrainingConfiguration:
+    """
+    A YAML file of `examples/configs`: its sections are the fields.
+
+    Args:
+        data ([`DataArguments`]), model ([`ModelArguments`]), training ([`T3DTrainingArguments`]): see there.
+        image_processor (`dict`): arguments of [`T3DImageProcessor`], which checks them.
+    """
+
+    data: DataArguments
+    training: T3DTrainingArguments
+    model: ModelArguments = field(default_factory=ModelArguments)
+    image_processor: dict[str, Any] = field(default_factory=dict)
+
+
+def load_configuration(path: str | Path, overrides: Sequence[str] = ()) -> PretrainingConfiguration:
+    """
+    Read a YAML file and apply dotted overrides.
+
+    Args:
+        path (`str` or `Path`): the file.
+        overrides (sequence of `str`): for example `"training.max_steps=100"`; the value is read as YAML.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigurationError(f"{path}: no such configuration; examples/configs holds some")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for override in overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                raise ConfigurationError(f"override {override!r}: write section.name=value")
+            _set_dotted(values, key.lstrip("-").split("."), yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    return from_mapping(PretrainingConfiguration, values)
+
+
+def _set_dotted(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"override {'.'.join(keys)}: {key!r} holds a value, not a section")
+    values[keys[-1]] = value
+
+
+def from_mapping(cls: type, values: Any, section: str = "") -> Any:
+    """
+    An instance of a dataclass from nested dictionaries, strict about names and types.
+
+    Args:
+        cls (`type`): the dataclass.
+        values (`dict`): its fields.
+        section (`str`): where they come from, for messages.
+    """
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"section {section!r} must hold settings, got {values!r}")
+    annotations = get_type_hints(cls)
+    names = [entry.name for entry in fields(cls)]
+    prefix = f"{section}." if section else ""
+    for name in values:
+        if name not in names:
+            nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"there are {', '.join(names)}"
+            raise ConfigurationError(f"unknown setting {prefix}{name}; {hint}")
+    for entry in fields(cls):
+        if entry.name not in values and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ConfigurationError(f"setting {prefix}{entry.name} is missing; add it")
+    return cls(**{name: _typed(prefix + name, value, annotations[name]) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    """`value` checked against a field's annotation; YAML reads `1e-4` as text, so numbers in text are accepted."""
+    if is_dataclass(annotation):
+        return from_mapping(annotation, value, name)
+    origin, choices = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        # YAML reads a bare `no` as false.
+        value = "no" if value is False and "no" in choices else value
+        if value not in choices:
+            raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _typed(name, value, next(choice for choice in choices if choice is not type(None)))
+    if annotation is float:
+        try:
+            return float(value) if not isinstance(value, bool) else _wrong_type(name, value, annotation)
+        except (TypeError, ValueError):
+            _wrong_type(name, value, annotation)
+    container = origin or annotation
+    if not isinstance(value, container) or (annotation is int and isinstance(value, bool)):
+        _wrong_type(name, value, annotation)
+    return value
+
+
+def _wrong_type(name: str, value: Any, annotation: Any) -> None:
+    expected = getattr(annotation, "__name__", str(annotation))
+    raise ConfigurationError(f"{name} must be of type {expected}, got {value!r}")
+
+
+__all__ = [
+    "ConfigurationError",
+    "DataArguments",
+    "ModelArguments",
+    "PretrainingConfiguration",
+    "T3DTrainingArguments",
+    "from_mapping",
+    "load_configuration",
+]

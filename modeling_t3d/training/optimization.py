@@ -1,0 +1,75 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Parameter groups, the schedule as a pure function of progress, and the bound of a learnt temperature."""
+
+import math
+
+import torch
+from torch import nn
+
+from .arguments import ConfigurationError, T3DTrainingArguments
+
+
+def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]:
+    """
+    Trainable parameters by tower and by whether weight decay applies, in the model's order.
+
+    Below `vision_model` and `text_model` the towers' rates hold, elsewhere the heads'. Vectors and scalars (biases,
+    norms, temperature) are not decayed.
+    """
+    rates = {
+        "vision": args.vision_learning_rate,
+        "text": args.text_learning_rate,
+        "heads": args.head_learning_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parts = name.split(".")
+        tower = "vision" if "vision_model" in parts else "text" if "text_model" in parts else "heads"
+        groups.setdefault((tower, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise ConfigurationError("the model has no trainable parameter; freeze less")
+    return [
+        {
+            "params": parameters,
+            "name": tower if decayed else f"{tower}_no_decay",
+            "lr": rates[tower],
+            "peak_lr": rates[tower],
+            "weight_decay": args.weight_decay if decayed else 0.0,
+        }
+        for (tower, decayed), parameters in groups.items()
+    ]
+
+
+def learning_rate(peak: float, progress: float, *, minimum: float, warmup_ratio: float) -> float:
+    """
+    Linear warm-up, then a cosine.
+
+    Args:
+        peak (`float`): the rate after the warm-up.
+        progress (`float`): share of the run that is over, in [0, 1].
+        minimum (`float`): the rate at the end (never above the peak).
+        warmup_ratio (`float`): share of the run that warms up.
+    """
+    if progress < warmup_ratio:
+        return peak * progress / warmup_ratio
+    minimum = min(minimum, peak)
+    share = min(1.0, (progress - warmup_ratio) / (1 - warmup_ratio))
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: nn.Module) -> None:
+    """
+    Keep learnt log scales at or below `log(config.max_logit_scale)`.
+
+    This stands after the optimiser step and not in the forward pass, where a clamp would stop the gradient.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.split(".")[-1] == "logit_scale":
+            parameter.clamp_(max=math.log(model.config.max_logit_scale))
+
+
+__all__ = ["clamp_logit_scale", "learning_rate", "parameter_groups"]

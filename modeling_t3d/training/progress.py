@@ -1,0 +1,143 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What a run tells: a progress bar or log lines, `log.jsonl`, and experiment trackers; and how it hears that it should
+stop."""
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .checkpoints import write_text_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class RunningMeans:
+    """Means of a step's scalars since the last log line; they stay on their device until read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """Count one step's terms."""
+        for name, value in terms.items():
+            value = value.detach().to(torch.float64 if value.device.type != "mps" else torch.float32)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over steps and processes; starts anew. The one place where training waits for the device."""
+        names = list(self._sums)
+        if not names:
+            return {}
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names]).to(torch.float32)
+        means = accelerator.reduce(means, reduction="mean").tolist()
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, means, strict=True))
+
+
+class ProgressReporter:
+    """
+    Tells on the main process what the run does.
+
+    Args:
+        accelerator (`Accelerator`): the run's.
+        output_dir (`Path`): `log.jsonl` is written here, one line per log step.
+        settings (`dict`): for the trackers.
+        total (`int`, *optional*): optimiser steps, where known beforehand.
+        step (`int`): where the run starts; what a killed run logged beyond is dropped.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, settings: dict[str, Any], *, total: int | None, step: int
+    ) -> None:
+        self.accelerator = accelerator
+        self.path = output_dir / "log.jsonl"
+        # Without a terminal the bar is off and log lines take its place.
+        self.bar = tqdm(
+            total=total,
+            initial=step,
+            desc="training",
+            unit="step",
+            disable=None if accelerator.is_main_process else True,
+        )
+        if accelerator.is_main_process:
+            self._rewind(step)
+        plain = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in settings.items()
+        }
+        accelerator.init_trackers("tracker", plain, {"tensorboard": {"purge_step": step + 1}})
+
+    def _rewind(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_text_atomically(self.path, "".join(kept))
+
+    def advance(self) -> None:
+        """One optimiser step is done."""
+        self.bar.update()
+
+    def log(self, step: int, values: dict[str, float], kind: str = "train") -> None:
+        """Write one line of numbers."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if kind == "train" and not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        else:
+            self.bar.clear()
+            logger.info("step %d, %s: %s", step, kind, text)
+
+    def close(self) -> None:
+        """Flush trackers and leave the bar as it stands."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+class StopRequest:
+    """
+    While entered, SIGTERM and SIGINT set `signal_number` instead of ending the process; a second one ends it.
+
+    Signals reach only the main thread; elsewhere nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._former[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        logger.warning("%s: a checkpoint is written after this step", signal.Signals(number).name)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+
+__all__ = ["ProgressReporter", "RunningMeans", "StopRequest"]

@@ -1,0 +1,109 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Which samples each process sees at each step: a function of (seed, epoch, position) alone, so that a run resumes
+where it stood, and processes never share a sample."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+
+class SampleKey(NamedTuple):
+    """What a data set is asked for; random views and texts depend on nothing else (and the data set's own seed).
+
+    Args:
+        epoch (`int`): passes over the data so far.
+        batch (`int`): position of the global batch in the epoch; the same on all processes.
+        index (`int`): which sample.
+    """
+
+    epoch: int
+    batch: int
+    index: int
+
+
+class ShardedBatchSampler(Sampler[list[SampleKey]]):
+    """
+    Batches of one process. Every epoch is one permutation of the samples, cut into global batches, each of which is
+    cut into one share per process. Nothing is repeated to fill a batch.
+
+    Args:
+        num_samples (`int`): size of the data set.
+        batch_size (`int`): samples per process.
+        num_processes, process_index (`int`): how many share the data, and which one this is.
+        seed (`int`): of the permutations.
+        shuffle (`bool`, defaults to `True`): otherwise samples come in order, as for validation.
+        drop_last (`bool`, defaults to `True`):
+            Leave out the incomplete global batch. Otherwise it is shared as evenly as possible, and left out only if
+            it has fewer than two samples for some process.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.training.sampling import ShardedBatchSampler
+
+    >>> sampler = ShardedBatchSampler(5, 1, num_processes=2, process_index=1, seed=0, shuffle=False)
+    >>> [[key.index for key in batch] for batch in sampler]
+    [[1], [3]]
+
+    ```"""
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.first_batch = 0
+        global_batch_size = batch_size * num_processes
+        remainder = num_samples % global_batch_size
+        has_partial = not drop_last and remainder >= 2 * num_processes
+        self.num_batches = num_samples // global_batch_size + has_partial
+
+    def seek(self, epoch: int, first_batch: int = 0) -> None:
+        """Let the next iteration start at a batch of an epoch."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        return self.num_batches - self.first_batch
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = range(self.num_samples)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, self.epoch))
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
+        epoch, step = self.epoch, self.batch_size * self.num_processes
+        for batch in range(self.first_batch, self.num_batches):
+            members = order[batch * step : (batch + 1) * step]
+            bounds = [len(members) * rank // self.num_processes for rank in range(self.num_processes + 1)]
+            share = members[bounds[self.process_index] : bounds[self.process_index + 1]]
+            yield [SampleKey(epoch, batch, index) for index in share]
+
+
+def stable_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers; neighbours share nothing (SplitMix64's mixing)."""
+    mask = (1 << 64) - 1
+    state = 0x243F6A8885A308D3
+    for part in parts:
+        state = (state ^ (part & mask)) + 0x9E3779B97F4A7C15 & mask
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+__all__ = ["SampleKey", "ShardedBatchSampler", "stable_seed"]

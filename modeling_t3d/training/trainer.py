@@ -1,0 +1,483 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""One Accelerate loop: prepare, step, log, validate, save, resume. Model, data and metrics arrive as arguments."""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, send_to_device, set_seed
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .arguments import ConfigurationError, T3DTrainingArguments
+from .checkpoints import (
+    CheckpointError,
+    flush_folder,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    random_state,
+    read_state,
+    replace_folder,
+    restore_random_state,
+    verify_checkpoint,
+    write_checkpoint,
+    write_text_atomically,
+)
+from .model_card import fill_model_card
+from .optimization import clamp_logit_scale, learning_rate, parameter_groups
+from .progress import ProgressReporter, RunningMeans, StopRequest
+from .sampling import ShardedBatchSampler, stable_seed
+
+logger = logging.getLogger(__name__)
+
+# sysexits' "temporary failure, try again": what a scheduler may requeue on.
+EXIT_STATUS_INTERRUPTED = 75
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass
+class TrainerState:
+    """
+    Where a run stands; all that a checkpoint holds beside tensors and random states.
+
+    Args:
+        step (`int`): optimiser steps taken.
+        epoch (`int`), next_batch (`int`): the next micro-batch of each process is this one of this epoch.
+        elapsed_seconds (`float`): time spent in training steps, over all resumptions.
+        num_volumes (`int`): volume-report pairs seen, over all processes.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    next_batch: int = 0
+    elapsed_seconds: float = 0.0
+    num_volumes: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """
+    How a run ended.
+
+    Args:
+        status (`str`): `"completed"`, or `"interrupted"` by a signal after writing a checkpoint.
+        state ([`TrainerState`]): where it stands.
+        model_dir (`Path`, *optional*): the `save_pretrained` folder of a completed run.
+        metrics (`dict[str, float]`): of the last validation.
+    """
+
+    status: str
+    state: TrainerState
+    model_dir: Path | None
+    metrics: dict[str, float]
+
+
+class T3DTrainer:
+    """
+    Trains a model whose output has `loss`; every other scalar of the output is logged.
+
+    Args:
+        model (`nn.Module`): a `PreTrainedModel`, not wrapped.
+        args ([`T3DTrainingArguments`]): the settings.
+        train_dataset (`Dataset`): asked for [`SampleKey`]s (epoch, batch, index).
+        collator (callable): samples -> the model's keyword arguments.
+        evaluate (callable, *optional*):
+            Model -> metrics. Called in evaluation mode, without gradients, on every process; what it draws from
+            random generators does not reach training.
+        processor (*optional*): saved with the model.
+        card_facts (`dict`, *optional*): what the model card says about the data; see [`fill_model_card`].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: T3DTrainingArguments,
+        train_dataset: Dataset,
+        collator: Callable[[list[Any]], dict[str, torch.Tensor]],
+        *,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        processor: Any = None,
+        card_facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.train_dataset = train_dataset
+        self.collator = collator
+        self.evaluate = evaluate
+        self.processor = processor
+        self.card_facts = card_facts or {}
+        self.accelerator = Accelerator(
+            cpu=args.use_cpu or not torch.accelerator.is_available(),
+            mixed_precision=_precision(args),
+            log_with=args.trackers,
+            project_dir=args.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.find_unused_parameters)],
+        )
+        # Dropout differs between processes; views and order come from keys.
+        set_seed(stable_seed(args.seed, self.accelerator.process_index) % 2**32)
+        self.sampler = ShardedBatchSampler(
+            len(train_dataset),
+            args.per_device_train_batch_size,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            seed=args.seed,
+            drop_last=args.drop_last,
+        )
+        self._check_before_training()
+        if args.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        self.model = self.accelerator.prepare_model(model)
+        self.unwrapped_model = self.accelerator.unwrap_model(self.model)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.unwrapped_model, args),
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+        self.state = TrainerState()
+        self.metrics: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------ before training
+
+    def _check_before_training(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        world_size = accelerator.num_processes
+        if args.num_processes not in (None, world_size):
+            raise ConfigurationError(
+                f"training.num_processes={args.num_processes}, but {world_size} were started; on CPUs start them with "
+                f"torchrun --nproc_per_node {args.num_processes} (accelerate launch --cpu starts one)"
+            )
+        if accelerator.distributed_type not in _DISTRIBUTED:
+            raise ConfigurationError(
+                f"this trainer runs alone or data-parallel, not as {accelerator.distributed_type.value}; "
+                "change the Accelerate configuration"
+            )
+        if args.per_device_train_batch_size * world_size < 2:
+            raise ConfigurationError(
+                "a contrastive batch needs at least 2 pairs; raise training.per_device_train_batch_size"
+            )
+        if not self.steps_per_epoch:
+            raise ConfigurationError(
+                f"{len(self.train_dataset)} pairs do not fill one step of {self.pairs_per_step}; lower "
+                "training.per_device_train_batch_size or training.gradient_accumulation_steps"
+            )
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Volume-report pairs of an optimiser step, over all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        num_steps = self.sampler.num_batches / self.args.gradient_accumulation_steps
+        return math.floor(num_steps) if self.args.drop_last else math.ceil(num_steps)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimiser steps of the run; `None` if only time bounds it."""
+        args = self.args
+        if args.max_steps is not None or args.max_train_minutes is not None:
+            return args.max_steps
+        return max(1, round(args.num_train_epochs * self.steps_per_epoch))
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over: of the steps, or of the minutes, whichever is further."""
+        shares = [0.0]
+        if self.total_steps is not None:
+            shares.append(self.state.step / self.total_steps)
+        if self.args.max_train_minutes is not None:
+            shares.append(self.state.elapsed_seconds / (60 * self.args.max_train_minutes))
+        return max(shares)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def train(self, *, resume: bool = False) -> TrainingResult:
+        """
+        Train to the end of the budget, or until a signal, and write what remains.
+
+        Args:
+            resume (`bool`, defaults to `False`):
+                Continue from the newest checkpoint in `output_dir`, or start if there is none. Without it a folder
+                that holds checkpoints is refused.
+        """
+        random_state_of_rank = self._resume() if resume else self._refuse_former_run()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        settings = self.args.to_dict()
+        reporter = ProgressReporter(
+            self.accelerator, self.output_dir, settings, total=self.total_steps, step=self.state.step
+        )
+        if random_state_of_rank is not None:
+            restore_random_state(random_state_of_rank)
+        self._write_status("running")
+        with StopRequest() as stop:
+            interrupted = self._run(reporter, stop)
+        model_dir = None if interrupted else self._save_model()
+        self._write_status("interrupted" if interrupted else "completed")
+        reporter.close()
+        return TrainingResult("interrupted" if interrupted else "completed", self.state, model_dir, self.metrics)
+
+    def _run(self, reporter: ProgressReporter, stop: StopRequest) -> bool:
+        """Steps until the budget is spent; returns whether a signal ended them first."""
+        args, state, means = self.args, self.state, RunningMeans()
+        last_saved = last_evaluated = state.step
+        log_seconds, log_volumes, wait_seconds = state.elapsed_seconds, state.num_volumes, 0.0
+        self.model.train()
+        steps = self._steps()
+        interrupted = self._agree(stop)
+        while self.progress < 1 and not interrupted:
+            start = time.monotonic()
+            micro_batches = next(steps)
+            wait_seconds += time.monotonic() - start
+            means.add(self._step(micro_batches))
+            state.elapsed_seconds += time.monotonic() - start
+            interrupted = self._agree(stop)
+            reporter.advance()
+            is_save_due = interrupted or bool(args.save_steps and state.step % args.save_steps == 0)
+            if is_save_due or self.progress >= 1 or state.step % args.logging_steps == 0:
+                seconds = max(state.elapsed_seconds - log_seconds, 1e-9)
+                values = means.pop(self.accelerator)
+                self._refuse_non_finite(values)
+                values |= {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups[:1]}
+                values |= {
+                    "volumes_per_second": (state.num_volumes - log_volumes) / seconds,
+                    "data_wait_share": wait_seconds / seconds,
+                    "epoch": state.num_volumes / len(self.train_dataset),
+                }
+                reporter.log(state.step, values)
+                log_seconds, log_volumes, wait_seconds = state.elapsed_seconds, state.num_volumes, 0.0
+            if args.eval_steps and state.step % args.eval_steps == 0 and not interrupted:
+                self._evaluate(reporter)
+                last_evaluated = state.step
+            if is_save_due:
+                self.save_checkpoint()
+                last_saved = state.step
+        if not interrupted:
+            if last_evaluated != state.step or not self.metrics:
+                self._evaluate(reporter)
+            if last_saved != state.step:
+                self.save_checkpoint()
+        return interrupted
+
+    def _steps(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Lists of micro-batches, one list per optimiser step, without end, from where the state stands."""
+        state, args = self.state, self.args
+        while True:
+            self.sampler.seek(state.epoch, state.next_batch)
+            loader = DataLoader(
+                self.train_dataset,
+                batch_sampler=self.sampler,
+                collate_fn=self.collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+                # A loader draws its workers' seed from the global generator unless it is given one.
+                generator=torch.Generator(),
+            )
+            batches = iter(loader)
+            for _ in range(self.steps_per_epoch - state.next_batch // args.gradient_accumulation_steps):
+                micro_batches = list(islice(batches, args.gradient_accumulation_steps))
+                state.next_batch += len(micro_batches)
+                yield micro_batches
+            state.epoch, state.next_batch = state.epoch + 1, 0
+
+    def _step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """One optimiser step; returns the scalars of the model's output, averaged over the micro-batches."""
+        accelerator, args, state = self.accelerator, self.args, self.state
+        terms: dict[str, torch.Tensor] = {}
+        for position, batch in enumerate(micro_batches, start=1):
+            # Gradients are averaged over processes once, with the last micro-batch.
+            with nullcontext() if position == len(micro_batches) else accelerator.no_sync(self.model):
+                output = self.model(**send_to_device(batch, accelerator.device, non_blocking=True))
+                accelerator.backward(output["loss"] / len(micro_batches))
+            for name, value in output.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:
+                    terms[name] = terms.get(name, 0.0) + value.detach() / len(micro_batches)
+        parameters = self.unwrapped_model.parameters()
+        limit = math.inf if args.max_grad_norm is None else args.max_grad_norm
+        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        # The first step already moves: a step-driven schedule counts the step that is being taken.
+        progress = (
+            self.progress if self.total_steps is None else max(self.progress, (state.step + 1) / self.total_steps)
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                group["peak_lr"], progress, minimum=args.min_learning_rate, warmup_ratio=args.warmup_ratio
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clamp_logit_scale(self.unwrapped_model)
+        state.step += 1
+        state.num_volumes += self._num_pairs(micro_batches)
+        return terms
+
+    def _num_pairs(self, micro_batches: list[dict[str, torch.Tensor]]) -> int:
+        full = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        last = self.sampler.num_samples - (self.sampler.num_batches - 1) * full
+        ends_epoch = self.state.next_batch == self.sampler.num_batches
+        return full * len(micro_batches) - (max(0, full - last) if ends_epoch else 0)
+
+    def _agree(self, stop: StopRequest) -> bool:
+        """Whether any process heard a signal; also gives all processes the main one's clock."""
+        if self.accelerator.num_processes == 1:
+            return stop.signal_number is not None
+        is_main = self.accelerator.is_main_process
+        heard = float(stop.signal_number is not None)
+        clock = self.state.elapsed_seconds if is_main else 0.0
+        message = torch.tensor([heard, clock], dtype=torch.float64, device=self.accelerator.device)
+        heard, self.state.elapsed_seconds = self.accelerator.reduce(message, reduction="sum").tolist()
+        return heard > 0
+
+    def _refuse_non_finite(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} became {value} before step {self.state.step}; the last checkpoint is whole: resume "
+                    "from it with a lower learning rate or training.mixed_precision=no"
+                )
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and random generators as they were afterwards."""
+        before = random_state()
+        self.unwrapped_model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:
+            self.unwrapped_model.train()
+            restore_random_state(before)
+
+    def _evaluate(self, reporter: ProgressReporter) -> None:
+        if self.evaluate is None:
+            return
+        with self._evaluation_mode():
+            self.metrics = self.evaluate(self.unwrapped_model)
+        reporter.log(self.state.step, self.metrics, kind="validation")
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of this moment; called on every process."""
+        return write_checkpoint(
+            self.output_dir,
+            step=self.state.step,
+            model=self.unwrapped_model,
+            optimizer=self.optimizer,
+            state={
+                "trainer": asdict(self.state),
+                "metrics": self.metrics,
+                "run": self._run_identity(),
+                "num_processes": self.accelerator.num_processes,
+            },
+            keep=self.args.save_total_limit,
+            rank=self.accelerator.process_index,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+
+    def _run_identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run; `data` where the data set has a fingerprint."""
+        return {
+            "seed": self.args.seed,
+            "drop_last": self.args.drop_last,
+            "pairs_per_step": self.pairs_per_step,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "num_pairs": len(self.train_dataset),
+            "data": getattr(self.train_dataset, "fingerprint", None),
+        }
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Load the newest checkpoint; returns this process's random state."""
+        folder = latest_checkpoint(self.output_dir)
+        if folder is None:
+            logger.warning("%s holds no checkpoint; the run starts anew", self.output_dir)
+            return None
+        verify_checkpoint(folder)
+        saved = read_state(folder)
+        for name, value in self._run_identity().items():
+            if saved["run"][name] != value:
+                raise CheckpointError(
+                    f"{folder}: the run had {name}={saved['run'][name]!r}, this one has {value!r}; resume with the "
+                    "same configuration and data, or choose another training.output_dir"
+                )
+        random_state_of_rank = load_checkpoint(
+            folder, model=self.unwrapped_model, optimizer=self.optimizer, rank=self.accelerator.process_index
+        )
+        self.state = TrainerState(**saved["trainer"])
+        self.metrics = saved["metrics"]
+        if saved["num_processes"] != self.accelerator.num_processes:
+            logger.warning(
+                "resumed on %d processes instead of %d: the order of samples continues, dropout differs",
+                self.accelerator.num_processes,
+                saved["num_processes"],
+            )
+            set_seed(stable_seed(self.args.seed, self.accelerator.process_index, self.state.step) % 2**32)
+            return None
+        logger.info("resumed from %s", folder)
+        return random_state_of_rank
+
+    def _refuse_former_run(self) -> None:
+        if list_checkpoints(self.output_dir):
+            raise ConfigurationError(
+                f"{self.output_dir} holds the checkpoints of a run; resume it or choose another training.output_dir"
+            )
+
+    def _save_model(self) -> Path:
+        """Write the folder that others load: model, processor and model card."""
+        target, partial = self.output_dir / "model", self.output_dir / ".partial-model"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.unwrapped_model.save_pretrained(partial)
+            if self.processor is not None:
+                self.processor.save_pretrained(partial)
+            card = fill_model_card(
+                self.unwrapped_model,
+                self.args,
+                processor=self.processor,
+                metrics=self.metrics,
+                run={
+                    "steps": self.state.step,
+                    "volumes": self.state.num_volumes,
+                    "minutes": self.state.elapsed_seconds / 60,
+                    "processes": self.accelerator.num_processes,
+                    "device": _device_name(self.accelerator.device),
+                    "precision": self.accelerator.mixed_precision,
+                },
+                **self.card_facts,
+            )
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            flush_folder(partial)
+            replace_folder(partial, target)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def _write_status(self, status: str) -> None:
+        """`status.json`: what a scheduler can look at where a launcher hides the exit status."""
+        if self.accelerator.is_main_process:
+            text = json.dumps({"status": status, **asdict(self.state)})
+            write_text_atomically(self.output_dir / "status.json", text)
+
+
+def _precision(args: T3DTrainingArguments) -> str:
+    if args.mixed_precision != "auto":
+        return args.mixed_precision
+    return "bf16" if not args.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+__all__ = ["EXIT_STATUS_INTERRUPTED", "T3DTrainer", "TrainerState", "TrainingResult"]

@@ -1,0 +1,60 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The training losses on held-out pairs, the validation that every manifest allows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from .arguments import ConfigurationError
+from .sampling import ShardedBatchSampler
+
+
+class ValidationLosses:
+    """
+    A callable for [`T3DTrainer`]: model -> mean of every `loss*` of its output over fixed batches of held-out pairs.
+
+    Batches, views and texts are the same at every call. Contrastive losses depend on the batch size: numbers of
+    different batch sizes cannot be compared. Pairs that would leave a process fewer than two are left out.
+
+    Args:
+        dataset (`Dataset`), collator (callable): as for training.
+        batch_size (`int`): pairs per process.
+    """
+
+    def __init__(self, dataset: Dataset, collator: Callable[[list[Any]], dict[str, torch.Tensor]], batch_size: int):
+        if len(dataset) < 2:
+            raise ConfigurationError("validation needs at least 2 pairs; set data.validation_split to null")
+        self.dataset = dataset
+        self.collator = collator
+        self.batch_size = min(batch_size, len(dataset))
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Means over the pairs of all processes."""
+        distributed = torch.distributed.is_initialized()
+        num_processes = torch.distributed.get_world_size() if distributed else 1
+        sampler = ShardedBatchSampler(
+            len(self.dataset),
+            max(1, min(self.batch_size, len(self.dataset) // num_processes)),
+            num_processes=num_processes,
+            process_index=torch.distributed.get_rank() if distributed else 0,
+            shuffle=False,
+            drop_last=False,
+        )
+        device = next(model.parameters()).device
+        sums: dict[str, float] = {}
+        num_pairs = 0
+        for keys in sampler:
+            batch = self.collator([self.dataset[key] for key in keys])
+            output = model(**{name: value.to(device) for name, value in batch.items()})
+            num_pairs += len(keys)
+            for name, value in output.items():
+                if name.startswith("loss") and isinstance(value, torch.Tensor) and value.ndim == 0:
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(keys)
+        return {name: value / num_pairs for name, value in sums.items()}
+
+
+__all__ = ["ValidationLosses"]
