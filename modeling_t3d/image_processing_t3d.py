@@ -7,6 +7,7 @@
 """
 
 import difflib
+import os
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, ClassVar
@@ -21,9 +22,11 @@ from .geometry_t3d import (
     SHEAR_TOLERANCE,
     Box,
     Volume,
+    VolumeGeometryError,
     VolumeIntensityError,
     aligned_plan,
     aligned_positions,
+    axis_directions,
     crop_affine,
     grid_plan,
     independent_plan,
@@ -43,6 +46,7 @@ from .intensity_t3d import (
     value_range,
 )
 from .prepared_volume_t3d import LocalViews, PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
+from .volume_io_t3d import to_volume
 from .volume_transforms_t3d import (
     AxisSampling,
     crop,
@@ -287,14 +291,11 @@ class T3DImageProcessor(BaseImageProcessor):
         Returns:
             [`PreparedVolume`]
         """
-        from .volume_io_t3d import to_volume
-
         if isinstance(image, PreparedVolume):
             return image
-        volume: Volume = to_volume(image, affine=affine, spacing=volume_spacing, axes=volume_axes)
+        volume = _canonical_volume(image, affine, volume_spacing, volume_axes, name)
         name = volume.source or name
-        volume = volume.to_canonical()
-        array, warnings = volume.array, list(volume.warnings)
+        array = volume.array
         check_finite(array, name)
         if self.intensity == "hu":
             padding = check_hounsfield(array, name) if self.check_intensity else padding_values(array)
@@ -317,16 +318,15 @@ class T3DImageProcessor(BaseImageProcessor):
             if self.intensity == "zscore":
                 threshold = 0.9 * float(array.min()) + 0.1 * limits[1]
             body = find_body(array, spacing_from_affine(affine), threshold) or whole_volume_mask(array.shape)
-        return PreparedVolume(array, affine, body, limits, outside, volume.source, tuple(warnings))
+        return PreparedVolume(array, affine, body, limits, outside, volume.source, volume.warnings)
 
     def _to_model_grid(self, array: np.ndarray, volume: Volume, outside: float) -> tuple[np.ndarray, np.ndarray]:
         """Voxels (float32, or the input's int16 where no resampling is needed) and affine on the model grid."""
         spacing = self.spacing or volume.spacing
         samplings = [spacing_sampling(*axis) for axis in zip(array.shape, volume.spacing, spacing, strict=True)]
         affine = sampled_affine(volume.affine, samplings)
-        # Off-diagonal entries of an upright grid are zero in (z, y, x) order reversed to (x, y, z).
-        rotation = affine[:3, 2::-1] / np.asarray(volume.spacing)[::-1]
-        tilted = np.abs(rotation - np.diag(np.diag(rotation))).max() > SHEAR_TOLERANCE
+        # Columns in (x, y, z) order: those of an upright grid are the unit matrix.
+        tilted = np.abs(axis_directions(volume.affine)[:, ::-1] - np.eye(3)).max() > SHEAR_TOLERANCE
         identity = all(sampling.is_identity for sampling in samplings)
         if identity and not (self.deoblique and tilted):
             wanted = np.int16 if array.dtype == np.int16 and self.intensity == "hu" else np.float32
@@ -492,6 +492,27 @@ class T3DImageProcessor(BaseImageProcessor):
             mask[index, :count] = True
             positions[index, :count] = views.positions
         return {"local_pixel_values": pixel_values, "local_mask": mask, "local_positions": positions}
+
+
+def _canonical_volume(
+    image: Any,
+    affine: np.ndarray | None,
+    spacing: Sequence[float] | None,
+    axes: str | None,
+    name: str,
+) -> Volume:
+    """Reads or wraps one image and orders its axes; an error about an array says which one of the call it was."""
+    if isinstance(image, np.ndarray | torch.Tensor) and affine is None and (spacing is None or axes is None):
+        raise VolumeGeometryError(
+            f"{name}: an array needs its geometry; pass affine= (4x4, array indices to RAS+ world mm), or "
+            'volume_spacing= and volume_axes=, e.g. volume_spacing=(2.0, 0.7, 0.7), volume_axes="SAR" for (z, y, x)'
+        )
+    if isinstance(image, str | os.PathLike):
+        return to_volume(image, affine=affine, spacing=spacing, axes=axes).to_canonical()
+    try:
+        return to_volume(image, affine=affine, spacing=spacing, axes=axes).to_canonical()
+    except VolumeGeometryError as error:
+        raise VolumeGeometryError(f"{name}: {error}") from None
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -290,7 +290,7 @@ def _fill_axial(mask: np.ndarray) -> np.ndarray:
 
 
 def find_body(array: np.ndarray, spacing: Sequence[float], threshold: float) -> BodyMask | None:
-    """The body: cells of about 6 mm whose mean exceeds `threshold`, filled, opened, and its largest components.
+    """The body: cells of about 6 mm whose mean exceeds `threshold`, opened, its largest components, filled.
 
     The opening parts thin things that touch the body (table, blanket) from it. Components of at least a quarter of
     the largest stay: two legs are one body. The box gets a margin of half a cell, so that skin is not cut.
@@ -310,16 +310,17 @@ def find_body(array: np.ndarray, spacing: Sequence[float], threshold: float) -> 
         counts = np.diff(np.append(starts, array.shape[axis])).astype(np.float32)
         counts = counts.reshape([-1 if other == axis else 1 for other in range(3)])
         means = np.add.reduceat(means, starts, axis=axis, dtype=np.float32) / counts
-    filled = _fill_axial(means > threshold)
-    if not filled.any():
+    tissue = means > threshold
+    if not tissue.any():
         return None
-    core = np.logical_and.reduce([filled, *_neighbours(filled, beyond=True)])
-    labels = label_components(core if core.any() else filled)
+    core = np.logical_and.reduce([tissue, *_neighbours(tissue, beyond=True)])
+    labels = label_components(core if core.any() else tissue)
     sizes = np.bincount(labels.ravel())[1:]
-    kept = np.flatnonzero(sizes >= 0.25 * sizes.max()) + 1
-    body = np.isin(labels, kept)
+    body = np.isin(labels, np.flatnonzero(sizes >= 0.25 * sizes.max()) + 1)
     for _ in range(2):
-        body = filled & np.logical_or.reduce([body, *_neighbours(body, beyond=False)])
+        body = tissue & np.logical_or.reduce([body, *_neighbours(body, beyond=False)])
+    # Filled last: before, the air between back and table would tie the two together.
+    body = _fill_axial(body)
     start, stop = [], []
     for axis in range(3):
         used = np.flatnonzero(body.any(axis=tuple(other for other in range(3) if other != axis)))
