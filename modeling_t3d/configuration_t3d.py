@@ -88,7 +88,6 @@ class T3DVisionConfig(PreTrainedConfig):
         encoder_options (`dict`, *optional*): settings of an encoder that you registered.
         provenance (`dict`, *optional*): where the weights come from: source file and its hash, licence.
         classifier_dropout (`float`, defaults to 0.3): before the linear layer of [`T3DForImageClassification`].
-        classifier_dropout (`float`, defaults to 0.3): before the classifier of [`T3DForImageClassification`].
         initializer_range (`float`, defaults to 0.02): standard deviation of linear layers' initial weights.
 
     Example:

@@ -2,6 +2,9 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """What stands between the towers and the losses: projection heads, view fusion, text-informed pooling of views."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -105,6 +108,21 @@ class T3DViewFusion(nn.Module):
         return tokens[:, 0]
 
 
+class T3DReports(NamedTuple):
+    """
+    The reports of this rank as the multi-view alignment uses them.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(pairs, size)`): projected, un-normalised.
+        tokens (`torch.Tensor` of shape `(pairs, report_tokens, size)`, *optional*): projected; `tma_query="vision"`.
+        mask (`torch.BoolTensor` of shape `(pairs, report_tokens)`, *optional*): `False` for padding.
+    """
+
+    embeds: torch.Tensor
+    tokens: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
 class T3DMultiViewAlignment(nn.Module):
     """
     Text-informed pooling of local views: what asks (`tma_query`) attends to a view's tokens, and a head turns what it
@@ -114,6 +132,7 @@ class T3DMultiViewAlignment(nn.Module):
     def __init__(self, config: T3DConfig):
         super().__init__()
         size = config.projection_dim
+        self.config = config
         self.head_dim = size // config.num_tma_heads
         self.query_projection = nn.Linear(size, size)
         self.key_projection = nn.Linear(size, size)
@@ -177,6 +196,58 @@ class T3DMultiViewAlignment(nn.Module):
         mixed = mixed.unflatten(2, tokens.shape[1:3]).mean(dim=3).transpose(1, 2).flatten(2)
         return self.read_out(mixed, residual=tokens.mean(dim=2))
 
+    def pool_own_views(self, tokens: torch.Tensor, reports: T3DReports) -> torch.Tensor:
+        """Each view as its own pair's report asks: `(pairs, views, tokens, size)` to `(pairs, views, size)`."""
+        if self.config.tma_query == "vision":
+            return self.pool_by_views(tokens, reports.tokens, reports.mask)
+        if self.config.tma_query == "none":
+            queries = self.learned_queries(tokens.device)[None]
+        else:
+            queries = reports.embeds.repeat_interleave(tokens.shape[1], dim=0)[:, None]
+        views = self.pool_by_queries(queries, *self.key_and_value(tokens.flatten(0, 1)))
+        return views[0].unflatten(0, tokens.shape[:2])
+
+    def pooler(
+        self, tokens: torch.Tensor, reports: T3DReports, candidates: torch.Tensor | None = None
+    ) -> tuple[Callable[[int, int], torch.Tensor], int]:
+        """
+        Pooling of every candidate view as each report asks, a chunk of reports at a time.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(pairs, views, tokens, size)`): projected, of all ranks.
+            reports (`T3DReports`): of this rank.
+            candidates (`torch.LongTensor` of shape `(reports, candidates)`, *optional*): pairs that each report asks;
+                all by default.
+
+        Returns:
+            The function from `(start, stop)` to views `(stop - start, candidates, views, size)`, and about how many
+            numbers one report makes it hold at once.
+        """
+        num_pairs, num_views, num_tokens, size = tokens.shape
+        num_candidates = num_pairs if candidates is None else candidates.shape[1]
+        by_views = self.config.tma_query == "vision"
+        key, value = (None, None) if by_views else self.key_and_value(tokens.flatten(0, 1))
+
+        def pool(start: int, stop: int) -> torch.Tensor:
+            chosen = None if candidates is None else candidates[start:stop]
+            if by_views:
+                asked = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen].flatten(1, 2)
+                views = self.pool_by_views(asked, reports.tokens[start:stop], reports.mask[start:stop])
+            elif chosen is None:
+                views = self.pool_by_queries(reports.embeds[None, start:stop], key, value)
+            else:
+                chosen_key, chosen_value = (
+                    part.unflatten(0, (num_pairs, num_views))[chosen].flatten(0, 2) for part in (key, value)
+                )
+                queries = reports.embeds[start:stop].repeat_interleave(num_candidates * num_views, dim=0)
+                views = self.pool_by_queries(queries[:, None], chosen_key, chosen_value)
+            return views.view(stop - start, num_candidates, num_views, size)
+
+        size_per_view = 4 * size + 2 * self.head.input_projection.out_features + self.config.num_tma_heads * num_tokens
+        if by_views or candidates is not None:
+            size_per_view += 3 * num_tokens * size
+        return pool, size_per_view * num_candidates * num_views
+
     def attention_map(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """
         Where each query looks, mean over heads.
@@ -194,4 +265,4 @@ class T3DMultiViewAlignment(nn.Module):
         return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=-2)
 
 
-__all__ = ["T3DMultiViewAlignment", "T3DProjectionHead", "T3DViewFusion", "unit_norm"]
+__all__ = ["T3DMultiViewAlignment", "T3DProjectionHead", "T3DReports", "T3DViewFusion", "unit_norm"]

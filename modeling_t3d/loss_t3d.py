@@ -13,9 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Below this much information (nats) in the views the leak is a quotient of two noises.
-_SMALLEST_LEAK_DENOMINATOR = 0.05
-
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of processes that share the batch."""
@@ -118,6 +115,29 @@ def non_negatives(
         mask |= (own[:, None] == every[None, :]) & (own[:, None] >= 0)
     own_index = offset + torch.arange(num_own, device=device)
     return mask & (own_index[:, None] != torch.arange(num_all, device=device)[None, :])
+
+
+def gathered_non_negatives(
+    study_ids: torch.Tensor | None,
+    report_ids: torch.Tensor | None,
+    sizes: list[int],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """
+    `non_negatives` of this rank's pairs among those of all ranks, from this rank's identities.
+
+    Args:
+        study_ids, report_ids (`torch.LongTensor` of shape `(sizes[rank],)`, *optional*): given by all ranks or none.
+        sizes (`list[int]`): pairs per rank, from `gather_sizes`.
+
+    Returns:
+        `torch.BoolTensor` of shape `(sizes[rank], sum(sizes))`.
+    """
+    identities = [identity.to(device) for identity in (study_ids, report_ids) if identity is not None]
+    pairs = [(identity, all_gather(identity, sizes, group)) for identity in identities]
+    own = rank(group)
+    return non_negatives(pairs, sizes[own], sum(sizes), sum(sizes[:own]), device)
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -266,8 +286,8 @@ def multi_view_contrastive(
     Equal similarities of `B` pairs with `S` valid views each give exactly `log(B * S - 1)` per anchor.
 
     Args:
-        views (`torch.Tensor` of shape `(queries, pairs, view_slots, dim)`): unit-norm vectors of the candidates as each
-            query pools them.
+        views (`torch.Tensor` of shape `(queries, pairs, view_slots, dim)`):
+            Unit-norm vectors of the candidates as each query pools them.
         own_pair (`torch.LongTensor` of shape `(queries,)`): which of the candidate pairs the query belongs to.
         view_mask (`torch.BoolTensor` of shape `(queries, pairs, view_slots)`): views that exist.
         excluded (`torch.BoolTensor` of shape `(queries, pairs)`, *optional*): from `non_negatives`.
@@ -351,8 +371,8 @@ def draw_candidate_pairs(
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """
-    Which pairs each anchor pair is scored against when not all are: `[i, i + o_1, ..., i + o_K]` modulo the batch, with
-    `K` distinct offsets drawn once, by rank 0, for every anchor and rank. Every pair then serves equally often.
+    Which pairs each anchor pair is scored against when not all are: `[i, i + o_1, ..., i + o_K]` modulo the batch,
+    with `K` distinct offsets drawn once, by rank 0, for every anchor and rank. Every pair then serves equally often.
 
     Returns:
         `torch.LongTensor` of shape `(num_own, K + 1)`, the own pair first, `K = min(num_negative_pairs, num_all - 1)`.
@@ -364,34 +384,6 @@ def draw_candidate_pairs(
     return torch.cat([own[:, None], (own[:, None] + offsets) % num_all], dim=1)
 
 
-def shuffle_views(
-    *views: torch.Tensor | None, generator: torch.Generator | None = None
-) -> tuple[torch.Tensor | None, ...]:
-    """
-    The control for the leak: each view slot is permuted over the batch by a permutation of its own, so that a pair's
-    views come from different volumes while its report stays. (Permuting whole volumes would keep the clusters.)
-
-    Args:
-        views (`torch.Tensor`s of shape `(batch, view_slots, ...)` or `None`):
-            `local_pixel_values`, `local_mask`, `local_positions`: what belongs to a view moves with it.
-    """
-    batch, num_slots = next(view for view in views if view is not None).shape[:2]
-    order = torch.stack([torch.randperm(batch, generator=generator) for _ in range(num_slots)], dim=1)
-    return tuple(
-        None if view is None else view[order.to(view.device), torch.arange(num_slots, device=view.device)]
-        for view in views
-    )
-
-
-def leak(loss: float, shuffled_loss: float, log_num_candidates: float) -> float | None:
-    """
-    Share of what the multi-view loss gained over chance that survives shuffled views, hence owes nothing to them:
-    `(ln n - shuffled) / (ln n - loss)`. `None` while the loss is within 0.05 of `ln n`: there is no gain to divide.
-    """
-    gain = log_num_candidates - loss
-    return None if gain < _SMALLEST_LEAK_DENOMINATOR else (log_num_candidates - shuffled_loss) / gain
-
-
 __all__ = [
     "all_gather",
     "all_reduce_sum",
@@ -400,12 +392,11 @@ __all__ = [
     "contrastive_softmax",
     "draw_candidate_pairs",
     "gather_sizes",
+    "gathered_non_negatives",
     "global_mean",
-    "leak",
     "multi_view_contrastive",
     "non_negatives",
     "rank",
-    "shuffle_views",
     "soft_targets",
     "world_size",
 ]

@@ -6,7 +6,6 @@ Encoders stand in `encoders_t3d`, the losses and everything that crosses ranks i
 """
 
 import inspect
-from dataclasses import dataclass
 from functools import partial
 from math import log
 from os import PathLike
@@ -18,7 +17,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedM
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -31,7 +30,7 @@ from .encoders_t3d import (
     frozen_batch_norm_statistics,
     initialize_encoder_module,
 )
-from .layers_t3d import T3DMultiViewAlignment, T3DProjectionHead, T3DViewFusion, unit_norm
+from .layers_t3d import T3DMultiViewAlignment, T3DProjectionHead, T3DReports, T3DViewFusion, unit_norm
 from .loss_t3d import (
     all_gather,
     all_reduce_sum,
@@ -40,12 +39,13 @@ from .loss_t3d import (
     contrastive_softmax,
     draw_candidate_pairs,
     gather_sizes,
+    gathered_non_negatives,
     global_mean,
     multi_view_contrastive,
-    non_negatives,
     rank,
     soft_targets,
 )
+from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DVisionModelOutput
 
 # Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
 _MAX_POOLED_ELEMENTS = 2**26
@@ -54,107 +54,12 @@ _MAX_POOLED_ELEMENTS = 2**26
 _PRETRAINING_PREFIX = r"^t3d\."
 
 
-def gathered_non_negatives(
-    study_ids: torch.Tensor | None, report_ids: torch.Tensor | None, sizes: list[int], device: torch.device
-) -> torch.Tensor:
-    """Which of all ranks' pairs are no negatives of this rank's, `(own, all)`, from the identities of each rank."""
-    identities = [identity.to(device) for identity in (study_ids, report_ids) if identity is not None]
-    pairs = [(identity, all_gather(identity, sizes)) for identity in identities]
-    return non_negatives(pairs, sizes[rank()], sum(sizes), sum(sizes[: rank()]), device)
-
-
 def _build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The text tower, without a pooler where its class can be built without: it would stay untrained."""
     model_class = MODEL_MAPPING.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return AutoModel.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
-
-
-@dataclass
-class T3DVisionModelOutput(ModelOutput):
-    r"""
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, hidden_size, depth, height, width)`): the token map.
-        pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`): its mean over the grid; the projected,
-            un-normalised embedding `(batch, projection_dim)` where `get_image_features` returns it.
-        feature_maps (`tuple[torch.FloatTensor, ...]`): the pyramid, finest map first; left out by
-            `get_image_features`.
-        hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*): the input of the first block, then each output.
-        attentions (`tuple[torch.FloatTensor, ...]`, *optional*): of an encoder with attention, under
-            `attn_implementation="eager"`.
-        local_hidden_state (`torch.FloatTensor` of shape `(batch, views, hidden_size, d, h, w)`, *optional*):
-            Token maps of the local views where they were encoded; zeros for views that the mask leaves out.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    feature_maps: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    local_hidden_state: torch.FloatTensor | None = None
-
-
-@dataclass
-class T3DOutput(ModelOutput):
-    r"""
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): global alignment, with `return_loss=True`; the mean over
-            all ranks' pairs, the same on every rank.
-        logits_per_image (`torch.FloatTensor` of shape `(volumes, reports)`): scaled similarities of this rank.
-        logits_per_text (`torch.FloatTensor` of shape `(reports, volumes)`): their transpose.
-        image_embeds (`torch.FloatTensor` of shape `(volumes, projection_dim)`): of unit norm.
-        text_embeds (`torch.FloatTensor` of shape `(reports, projection_dim)`): of unit norm.
-        vision_model_output (`T3DVisionModelOutput`): what `get_image_features` returned.
-        text_model_output (`BaseModelOutputWithPooling`): what `get_text_features` returned.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    vision_model_output: T3DVisionModelOutput | None = None
-    text_model_output: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are set, nested outputs as tuples."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-@dataclass
-class T3DForPreTrainingOutput(ModelOutput):
-    r"""
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*):
-            `lambda_gca * loss_gca + lambda_tma * loss_tma`, with `return_loss=True`. Its value is the same on every
-            rank; averaged over ranks, its gradient is that of one process holding all pairs.
-        loss_gca (`torch.FloatTensor` of shape `()`, *optional*): global alignment, mean over all ranks' pairs.
-        loss_tma (`torch.FloatTensor` of shape `()`, *optional*): multi-view alignment, mean over all ranks' views.
-        log_num_candidates (`torch.FloatTensor` of shape `()`, *optional*):
-            What `loss_tma` is when views carry no information: the mean log of the number of candidates.
-        num_valid_anchors (`torch.LongTensor` of shape `()`, *optional*): views that were anchors, on all ranks.
-        num_skipped_pairs (`torch.LongTensor` of shape `()`, *optional*):
-            Pairs with fewer than two valid views, on all ranks: they have no anchors.
-        logits_per_image (`torch.FloatTensor` of shape `(batch, batch)`): scaled similarities of this rank.
-        logits_per_text (`torch.FloatTensor` of shape `(batch, batch)`): their transpose.
-        image_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
-        text_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
-        local_embeds (`torch.FloatTensor` of shape `(batch, views, projection_dim)`, *optional*):
-            Each view as its own report asks it, of unit norm, without a gradient; meaningless where masked.
-    """
-
-    loss: torch.FloatTensor | None = None
-    loss_gca: torch.FloatTensor | None = None
-    loss_tma: torch.FloatTensor | None = None
-    log_num_candidates: torch.FloatTensor | None = None
-    num_valid_anchors: torch.LongTensor | None = None
-    num_skipped_pairs: torch.LongTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    local_embeds: torch.FloatTensor | None = None
 
 
 class T3DPreTrainedModel(PreTrainedModel):
@@ -694,81 +599,6 @@ class T3DForPreTraining(T3DPreTrainedModel):
         """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
         return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
 
-    def _report_tokens(
-        self, text_output: BaseModelOutputWithPooling, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected report tokens, `(batch, tokens, projection_dim)`, and which of them are no padding."""
-        tokens = self.t3d.text_projection(text_output.last_hidden_state)
-        if attention_mask is None:
-            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return tokens, attention_mask.bool()
-
-    def _pool_own_views(
-        self,
-        tokens: torch.Tensor,
-        text_output: BaseModelOutputWithPooling,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Each view pooled as its own pair's report asks: `(batch, views, projection_dim)`."""
-        alignment = self.multi_view_alignment
-        if self.config.tma_query == "vision":
-            return alignment.pool_by_views(tokens, *self._report_tokens(text_output, attention_mask))
-        batch, num_views = tokens.shape[:2]
-        if self.config.tma_query == "none":
-            queries = alignment.learned_queries(tokens.device)[None]
-        else:
-            queries = text_output.pooler_output.repeat_interleave(num_views, dim=0)[:, None]
-        key, value = alignment.key_and_value(tokens.flatten(0, 1))
-        return alignment.pool_by_queries(queries, key, value)[0].unflatten(0, (batch, num_views))
-
-    def _contrast_same_query(
-        self,
-        tokens: torch.Tensor,
-        text_output: BaseModelOutputWithPooling,
-        attention_mask: torch.Tensor | None,
-        candidates: torch.Tensor | None,
-        **masks: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Every candidate view pooled as the anchor's report asks.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(pairs, views, tokens, projection_dim)`): of all ranks.
-            candidates (`torch.LongTensor` of shape `(own, candidates)`, *optional*): pairs that each anchor meets.
-        """
-        alignment = self.multi_view_alignment
-        num_pairs, num_views, num_tokens, size = tokens.shape
-        num_candidates = num_pairs if candidates is None else candidates.shape[1]
-        by_views = self.config.tma_query == "vision"
-        if by_views:
-            reports, report_mask = self._report_tokens(text_output, attention_mask)
-        else:
-            queries = text_output.pooler_output
-            key, value = alignment.key_and_value(tokens.flatten(0, 1))
-
-        def pool(start: int, stop: int) -> torch.Tensor:
-            chosen = None if candidates is None else candidates[start:stop]
-            if by_views:
-                asked = tokens.flatten(0, 1)[None] if chosen is None else tokens[chosen].flatten(1, 2)
-                views = alignment.pool_by_views(asked, reports[start:stop], report_mask[start:stop])
-            elif chosen is None:
-                views = alignment.pool_by_queries(queries[None, start:stop], key, value)
-            else:
-                own_key, own_value = (
-                    part.unflatten(0, (num_pairs, -1))[chosen].flatten(0, 2) for part in (key, value)
-                )
-                own_queries = queries[start:stop].repeat_interleave(num_candidates * num_views, dim=0)
-                views = alignment.pool_by_queries(own_queries[:, None], own_key, own_value)
-            return views.view(stop - start, num_candidates, num_views, size)
-
-        per_view = 4 * size + 2 * self.config.projection_hidden_size + self.config.num_tma_heads * num_tokens
-        if by_views or candidates is not None:
-            per_view += 3 * num_tokens * size
-        chunk_size = max(1, _MAX_POOLED_ELEMENTS // (per_view * num_candidates * num_views))
-        return chunked_multi_view_contrastive(
-            pool, chunk_size=chunk_size, temperature=self.config.tma_temperature, **masks
-        )
-
     def multi_view_alignment_loss(
         self,
         text_output: BaseModelOutputWithPooling,
@@ -812,18 +642,27 @@ class T3DForPreTraining(T3DPreTrainedModel):
             view_mask, excluded = all_masks[candidates], excluded.gather(1, candidates)
 
         tokens = self.project_tokens(local_hidden_state)
+        reports = T3DReports(text_output.pooler_output)
+        if self.config.tma_query == "vision":
+            report_tokens = self.t3d.text_projection(text_output.last_hidden_state)
+            report_mask = torch.ones_like(report_tokens[..., 0]) if attention_mask is None else attention_mask
+            reports = T3DReports(text_output.pooler_output, report_tokens, report_mask.bool())
         masks = {"own_pair": own_pair, "view_mask": view_mask, "excluded": excluded}
         # A learnt query is the same for every pair: whose query it is makes no difference.
         if self.config.tma_query == "none" or self.config.tma_negatives == "own_query":
-            own_views = self._pool_own_views(tokens, text_output, attention_mask)
+            own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
             views = all_gather(own_views, sizes)
             views = views.expand(batch, -1, -1, -1) if candidates is None else views[candidates]
             terms = multi_view_contrastive(views, temperature=self.config.tma_temperature, **masks)
         else:
             with torch.no_grad():
-                own_views = self._pool_own_views(tokens, text_output, attention_mask)
-            terms = self._contrast_same_query(
-                all_gather(tokens, sizes), text_output, attention_mask, candidates, **masks
+                own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
+            pool, size_per_query = self.multi_view_alignment.pooler(all_gather(tokens, sizes), reports, candidates)
+            terms = chunked_multi_view_contrastive(
+                pool,
+                chunk_size=max(1, _MAX_POOLED_ELEMENTS // size_per_query),
+                temperature=self.config.tma_temperature,
+                **masks,
             )
         total, count, log_candidates = terms
         num_skipped = (local_mask.sum(dim=1) < 2).sum()

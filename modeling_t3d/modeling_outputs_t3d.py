@@ -1,0 +1,98 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What the models put out, with the shape of every field."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+
+
+@dataclass
+class T3DVisionModelOutput(ModelOutput):
+    r"""
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, hidden_size, depth, height, width)`): the token map.
+        pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`): its mean over the grid; the projected,
+            un-normalised embedding `(batch, projection_dim)` where `get_image_features` returns it.
+        feature_maps (`tuple[torch.FloatTensor, ...]`): the pyramid, finest map first; left out by
+            `get_image_features`.
+        hidden_states (`tuple[torch.FloatTensor, ...]`, *optional*): the input of the first block, then each output.
+        attentions (`tuple[torch.FloatTensor, ...]`, *optional*): of an encoder with attention, under
+            `attn_implementation="eager"`.
+        local_hidden_state (`torch.FloatTensor` of shape `(batch, views, hidden_size, d, h, w)`, *optional*):
+            Token maps of the local views where they were encoded; zeros for views that the mask leaves out.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    feature_maps: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    local_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class T3DOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): global alignment, with `return_loss=True`; the mean over
+            all ranks' pairs, the same on every rank.
+        logits_per_image (`torch.FloatTensor` of shape `(volumes, reports)`): scaled similarities of this rank.
+        logits_per_text (`torch.FloatTensor` of shape `(reports, volumes)`): their transpose.
+        image_embeds (`torch.FloatTensor` of shape `(volumes, projection_dim)`): of unit norm.
+        text_embeds (`torch.FloatTensor` of shape `(reports, projection_dim)`): of unit norm.
+        vision_model_output (`T3DVisionModelOutput`): what `get_image_features` returned.
+        text_model_output (`BaseModelOutputWithPooling`): what `get_text_features` returned.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    vision_model_output: T3DVisionModelOutput | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are set, nested outputs as tuples."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class T3DForPreTrainingOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            `lambda_gca * loss_gca + lambda_tma * loss_tma`, with `return_loss=True`. Its value is the same on every
+            rank; averaged over ranks, its gradient is that of one process holding all pairs.
+        loss_gca (`torch.FloatTensor` of shape `()`, *optional*): global alignment, mean over all ranks' pairs.
+        loss_tma (`torch.FloatTensor` of shape `()`, *optional*): multi-view alignment, mean over all ranks' views.
+        log_num_candidates (`torch.FloatTensor` of shape `()`, *optional*):
+            What `loss_tma` is when views carry no information: the mean log of the number of candidates.
+        num_valid_anchors (`torch.LongTensor` of shape `()`, *optional*): views that were anchors, on all ranks.
+        num_skipped_pairs (`torch.LongTensor` of shape `()`, *optional*):
+            Pairs with fewer than two valid views, on all ranks: they have no anchors.
+        logits_per_image (`torch.FloatTensor` of shape `(batch, batch)`): scaled similarities of this rank.
+        logits_per_text (`torch.FloatTensor` of shape `(batch, batch)`): their transpose.
+        image_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
+        text_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
+        local_embeds (`torch.FloatTensor` of shape `(batch, views, projection_dim)`, *optional*):
+            Each view as its own report asks it, of unit norm, without a gradient; meaningless where masked.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_gca: torch.FloatTensor | None = None
+    loss_tma: torch.FloatTensor | None = None
+    log_num_candidates: torch.FloatTensor | None = None
+    num_valid_anchors: torch.LongTensor | None = None
+    num_skipped_pairs: torch.LongTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    local_embeds: torch.FloatTensor | None = None
+
+
+__all__ = ["T3DForPreTrainingOutput", "T3DOutput", "T3DVisionModelOutput"]
