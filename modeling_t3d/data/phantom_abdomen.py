@@ -109,10 +109,12 @@ def paint_upper_abdomen(scene: Scene, draws: RandomDraws) -> None:
         canvas.ellipsoid(centre, (5.0, 5.5, length), tissue["portal"], angle=sign, inside=inside)
     gall = (anatomy.dome_right - 108 + draws.uniform(-8, 8), 0.42 * anatomy.inner_depth, 0.42 * anatomy.inner_width)
     size = draws.uniform(0.75, 1.2)
+    scene.occupied.append((gall, 26.0 * size))
     canvas.ellipsoid(gall, (26 * size, 16 * size, 14 * size), 12.0, organ=ORGANS["gallbladder"])
 
     canvas.ellipsoid(anatomy.spleen_centre, anatomy.spleen_radii, tissue["spleen"], angle=0.35, organ=ORGANS["spleen"])
     centre, radii = anatomy.stomach_centre, anatomy.stomach_radii
+    scene.occupied.append((centre, max(radii)))
     canvas.ellipsoid(centre, radii, tissue["wall"], organ=ORGANS["stomach"])
     canvas.ellipsoid(centre, [r - 5 for r in radii], draws.uniform(0, 40))
     gas = draws.uniform(0.2, 0.55)
@@ -120,6 +122,7 @@ def paint_upper_abdomen(scene: Scene, draws: RandomDraws) -> None:
     canvas.ellipsoid(top, (radii[0] * 0.7, radii[1] * gas, radii[2] * 0.75), -960.0)
     z_pancreas = -78.0 * anatomy.height + draws.uniform(-6, 6)
     y_pancreas = float(anatomy.spine_y(z_pancreas)) + 46
+    scene.occupied.append(((z_pancreas - 8, y_pancreas - 5, 24.0), 22.0))
     for x_part, radius in ((24.0, 15.0), (-6.0, 11.0), (-34.0, 11.0)):
         canvas.ellipsoid(
             (z_pancreas + (-8 if x_part > 20 else 4), y_pancreas - 0.2 * abs(x_part), x_part),

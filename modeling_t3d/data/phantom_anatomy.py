@@ -108,9 +108,9 @@ class Anatomy:
         self.heart_angle = -draws.uniform(0.25, 0.6)
         self.heart_shift = draws.uniform(-22, -12)
         half = ratio * (self.inner_width - 4)
-        self.heart_radii = (0.86 * half, 0.72 * half, half)  # (z, y, x)
+        self.heart_radii = (0.80 * half, 0.72 * half, half)  # (z, y, x)
         self.heart_centre = (
-            self.dome_left - 28 + 0.86 * half,
+            self.dome_left - 28 + 0.80 * half,
             0.20 * self.inner_depth + draws.uniform(-4, 4),
             self.heart_shift * (1.0 if heart_enlargement is None else 1.25),
         )
@@ -199,15 +199,19 @@ class Anatomy:
 
     def aorta_axis(self, z):
         """Centre (x, y) in mm of the descending aorta at height z."""
-        x = self.spine_x(z) - np.interp(z, (-190, -60, 40, 140), (4, 10, 20, 22))
+        x = self.spine_x(z) - np.interp(z, (-190, -60, 40, 140), (4, 10, 22, 28))
         y = self.spine_y(z) + np.interp(z, (-60, 60), (self.spine_radius + 9, self.spine_radius - 1))
         return x, y
+
+    def aorta_width(self, z):
+        """Radius in mm of the descending aorta at height z."""
+        return self.aorta_radius * np.interp(z, (-190, -20, 100), (0.72, 0.92, 1.0))
 
     def ascending_aorta(self, z):
         """Centre (x, y) in mm of the ascending aorta at height z."""
         start = self.heart_centre[0]
         share = np.clip((z - start) / (self.arch_height - start), 0.0, 1.0)
-        return 12.0 + 4 * share, 0.24 * self.inner_depth - 10 * share
+        return 12.0 - 18.0 * share, 0.24 * self.inner_depth - 10 * share
 
     def arch_ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(x, y) of the arch's front and back end, mm."""

@@ -24,7 +24,7 @@ def paint_lungs(scene: Scene, draws: RandomDraws) -> None:
     scene.lungs = (box, cover)
     severity = scene.diffuse.get("emphysema")
     slope = -0.25 if severity is None else -0.1
-    air = tissue["lung"] if severity is None else -912.0 - 32.0 * severity
+    air = tissue["lung"] if severity is None else -926.0 - 32.0 * severity
     # Blood gathers at the back of a patient who lies on the table.
     canvas.blend(box, cover, air + slope * y)
     organ = np.where(x > 0, ORGANS["right lung"], ORGANS["left lung"]).astype(np.uint8)
@@ -46,7 +46,7 @@ def paint_lungs(scene: Scene, draws: RandomDraws) -> None:
             (1.6 * hole[2] - 0.8) * anatomy.inner_depth,
             side * (0.25 + 0.7 * hole[3]) * anatomy.inner_width,
         )
-        size = 6.0 + 12.0 * hole[4]
+        size = 7.0 + 14.0 * hole[4]
         canvas.ellipsoid(centre, (size, size, size), -985.0, inside=scene.lungs)
     scene.record("emphysema", "bilateral", "upper lobes", 0.0, (100.0, 0.0, 0.5 * anatomy.inner_width), severity)
 
@@ -54,7 +54,7 @@ def paint_lungs(scene: Scene, draws: RandomDraws) -> None:
 def lung_vessels(scene: Scene, draws: RandomDraws) -> tuple[np.ndarray, np.ndarray]:
     """Points (N, 3) in (z, y, x) mm along two generations of branches, and their volumes (N,) in mm^3."""
     anatomy = scene.anatomy
-    branches, steps, twigs, twig_steps = 44, 48, 4, 16
+    branches, steps, twigs, twig_steps = 64, 44, 5, 14
     start = np.empty((branches, 3))
     side = np.where(np.arange(branches) % 2 == 0, 1.0, -1.0)
     start[:, 0], start[:, 1], start[:, 2] = 88.0 * anatomy.height, -4.0, 26.0 * side
@@ -73,7 +73,7 @@ def lung_vessels(scene: Scene, draws: RandomDraws) -> tuple[np.ndarray, np.ndarr
     length = np.sqrt(way[:, 0] ** 2 + way[:, 1] ** 2 + way[:, 2] ** 2)
     radius = LUNG_BLOOD_RADIUS * (1 - share) + 0.9
     volumes = np.pi * (radius**2)[None, :] * (length / steps)[:, None]
-    roots = points[:, 10 :: (steps - 10) // twigs][:, :twigs].reshape(-1, 1, 3)
+    roots = points[:, 9 :: (steps - 9) // twigs][:, :twigs].reshape(-1, 1, 3)
     offset = draws.uniforms(-38, 38, len(roots), 1, 3)
     twig_share = (np.arange(twig_steps) + 0.5) / twig_steps
     twig_points = roots + offset * twig_share[None, :, None]
@@ -119,9 +119,6 @@ def paint_great_vessels(scene: Scene) -> None:
     aorta, veins = ORGANS["aorta"], ORGANS["great vessels"]
     radius, arch, heart_z = anatomy.aorta_radius, anatomy.arch_height, anatomy.heart_centre[0]
 
-    def taper(z):
-        return np.interp(z, (-190, -20, 100), (0.72 * radius, 0.92 * radius, radius))
-
     def caval(z):
         return anatomy.spine_x(z) + 22.0
 
@@ -134,7 +131,7 @@ def paint_great_vessels(scene: Scene) -> None:
 
     descending = [lambda z, part=part: anatomy.aorta_axis(z)[part] for part in (0, 1)]
     ascending = [lambda z, part=part: anatomy.ascending_aorta(z)[part] for part in (0, 1)]
-    canvas.column(-300, arch + 4, *descending, taper, taper, tissue["artery"], organ=aorta)
+    canvas.column(-300, arch + 4, *descending, anatomy.aorta_width, anatomy.aorta_width, tissue["artery"], organ=aorta)
     canvas.column(heart_z + 8, arch + 4, *ascending, radius * 1.15, radius * 1.15, tissue["artery"], organ=aorta)
     (front_x, front_y), (back_x, back_y) = anatomy.arch_ends()
     span = math.hypot(front_x - back_x, front_y - back_y)
@@ -149,15 +146,15 @@ def paint_great_vessels(scene: Scene) -> None:
         canvas.column(arch + 8, 260, x, y, 4.5, 4.5, tissue["artery"])
 
     carina = arch - 32
-    behind = 2.0
-    canvas.column(carina, 260, 2.0, behind, 11.5, 10.5, 45.0)
-    canvas.column(carina - 6, 260, 2.0, behind, 9.0, 8.0, -975.0, organ=ORGANS["trachea"])
+    middle, behind = 9.0, 0.0
+    canvas.column(carina, 260, middle, behind, 11.5, 10.5, 45.0)
+    canvas.column(carina - 6, 260, middle, behind, 9.0, 8.0, -975.0, organ=ORGANS["trachea"])
     for sign, drop in ((1.0, 26.0), (-1.0, 20.0)):
         for share in (0.15, 0.4, 0.65, 0.9):
-            centre = (carina - 4 - drop * share, behind - 4 * share, 2.0 + sign * 40.0 * share)
+            centre = (carina - 4 - drop * share, behind - 4 * share, middle + (sign * 40.0 - 6.0) * share)
             canvas.ellipsoid(centre, (9.0, 8.5, 10.0), 40.0)
         for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-            centre = (carina - 4 - drop * share, behind - 4 * share, 2.0 + sign * 40.0 * share)
+            centre = (carina - 4 - drop * share, behind - 4 * share, middle + (sign * 40.0 - 6.0) * share)
             canvas.ellipsoid(centre, (6.5, 6.0, 7.5), -960.0, organ=ORGANS["trachea"])
     canvas.column(-10, carina + 100, lambda z: anatomy.spine_x(z) - 3, -17.0, 8, 6, 38.0)
 

@@ -59,7 +59,15 @@ def paint_nodules(scene: Scene, draws: RandomDraws) -> None:
 
     def depth(z, y, x):
         heart = ((z - cz) / (rz + 14)) ** 2 + ((y - cy) / (ry + 14)) ** 2 + ((x - cx) / (rx + 14)) ** 2
-        free = np.where(heart > 1.0, anatomy.lung_depth(z, y, x), -1.0)
+        spleen = sum(
+            ((point - c) / (r + 14)) ** 2
+            for point, c, r in zip((z, y, x), anatomy.spleen_centre, anatomy.spleen_radii, strict=True)
+        )
+        # The muscles beside the spine and the vessels of the hilum stand in front of the lung.
+        across, along = np.abs(x - anatomy.spine_x(z)) - 33, y - anatomy.spine_y(z) + 36
+        back = (across / 39) ** 2 + (along / 29) ** 2
+        clear = (heart > 1.0) & (spleen > 1.0) & (back > 1.0) & (np.abs(x) > 42.0)
+        free = np.where(clear, anatomy.lung_depth(z, y, x), -1.0)
         for lesion in effusion:
             wet = y < 1.3 * lesion.size_mm - anatomy.inner_depth
             wet |= anatomy.above_diaphragm(z, y, x) < 0.8 * lesion.size_mm
@@ -91,10 +99,11 @@ def lobe(centre: tuple[float, float, float], apex: float) -> str:
 def paint_liver_lesions(scene: Scene, draws: RandomDraws, name: str) -> None:
     """Cysts (one to three, 40-60 HU below the liver) or metastases (two to five, 20-40 HU below it)."""
     anatomy, liver = scene.anatomy, scene.tissue["liver"]
-    low = (anatomy.dome_right - 130, -anatomy.inner_depth, -anatomy.liver_tip)
+    low = (anatomy.dome_right - 84, -anatomy.inner_depth, -anatomy.liver_tip)
     high = (anatomy.dome_right, anatomy.inner_depth, anatomy.inner_width)
     cyst = name == "liver cyst"
     inset = 16.0 if "ascites" in scene.diffuse else 4.0
+    (hz, hy, hx), (rz, _, rx) = anatomy.heart_centre, anatomy.heart_radii
     (kz, ky, kx), kidney = anatomy.kidney_centres["right"], anatomy.kidney_radii
 
     def depth(z, y, x):
@@ -103,9 +112,10 @@ def paint_liver_lesions(scene: Scene, draws: RandomDraws, name: str) -> None:
             + ((y - ky) / (kidney[1] + 16)) ** 2
             + ((x - kx) / (kidney[2] + 16)) ** 2
         )
+        heart = ((z - hz) / (rz + 12)) ** 2 + ((y - hy) / (rx + 12)) ** 2 + ((x - hx) / (rx + 12)) ** 2
         front = (y < 0.25 * anatomy.inner_depth) | (x > 0.65 * anatomy.inner_width) | (z > anatomy.dome_right - 75)
         middle = (x > 34.0) | (y > 10.0)
-        return np.where((near > 1.0) & front & middle, anatomy.liver_depth(z, y, x, inset), -1.0)
+        return np.where((near > 1.0) & (heart > 1.0) & front & middle, anatomy.liver_depth(z, y, x, inset), -1.0)
 
     for _ in range(draws.choice((1, 1, 2, 3) if cyst else (2, 3, 4, 5))):
         size = draw_size(draws, name)
@@ -160,7 +170,7 @@ def paint_coronary_calcification(scene: Scene, draws: RandomDraws) -> None:
             share, size = draws.uniform(0, 1), draw_size(draws, name)
             way = [a + share * (b - a) for a, b in zip(start, end, strict=True)]
             length = math.sqrt(sum(value * value for value in way))
-            dz, dy, dx = (1.03 * r * value / length for r, value in zip(anatomy.heart_radii, way, strict=True))
+            dz, dy, dx = (0.96 * r * value / length for r, value in zip(anatomy.heart_radii, way, strict=True))
             centre = (
                 anatomy.heart_centre[0] + dz,
                 anatomy.heart_centre[1] + dy * cosine + dx * sine,
@@ -185,7 +195,7 @@ def paint_aortic_calcification(scene: Scene, draws: RandomDraws) -> None:
             else:
                 z = -170 + 130 * share if part == "abdominal aorta" else 10 + 90 * share
                 x, y = (float(value) for value in anatomy.aorta_axis(z))
-                radius = anatomy.aorta_radius * (0.72 if part == "abdominal aorta" else 0.93)
+                radius = 0.88 * float(anatomy.aorta_width(z))
                 centre = (z, y + radius * math.sin(turn), x + radius * math.cos(turn))
             scene.canvas.lesion(centre, uneven_radii(draws, size, 0.6), draws.uniform(500, 1000), FINDINGS[name].index)
             scene.record(name, "none", part, size, centre)
@@ -197,13 +207,13 @@ def paint_nodes(scene: Scene, draws: RandomDraws) -> None:
     carina = anatomy.arch_height - 32
     aorta_x, aorta_y = (float(value) for value in anatomy.aorta_axis(-105.0))
     places = {
-        "right paratracheal": (carina + 26, 12.0, 24.0),
+        "right paratracheal": (carina + 26, -10.0, 29.0),
         "prevascular": (carina + 34, 0.42 * anatomy.inner_depth, -4.0),
-        "aortopulmonary": (carina + 4, 8.0, -28.0),
-        "subcarinal": (carina - 26, -10.0, 6.0),
+        "aortopulmonary": (carina + 2, 0.0, -20.0),
+        "subcarinal": (carina - 30, -12.0, 3.0),
         "right hilar": (carina - 28, -8.0, 46.0),
         "left hilar": (carina - 24, -10.0, -44.0),
-        "left para-aortic": (-105.0, aorta_y, aorta_x - 24.0),
+        "left para-aortic": (-105.0, aorta_y, aorta_x - 26.0),
     }
     for place in draws.shuffled(list(places))[: draws.integer(2, 4)]:
         size = draw_size(draws, name)

@@ -127,7 +127,7 @@ def generate_phantom(
         RandomDraws(ANATOMY, patient),
         breath=scan.breath,
         heart_enlargement=diffuse.get("cardiomegaly"),
-        hyperinflation=10.0 + 12.0 * diffuse["emphysema"] if "emphysema" in diffuse else 0.0,
+        hyperinflation=12.0 + 14.0 * diffuse["emphysema"] if "emphysema" in diffuse else 0.0,
     )
     tissue = tissue_values(scan.phase, RandomDraws(SCAN, seed, 1))
     if "hepatic steatosis" in diffuse:
@@ -180,8 +180,8 @@ def paint_organs(scene: Scene, draws: RandomDraws, acute: RandomDraws) -> None:
         paint_effusion(scene, acute)
     paint_upper_abdomen(scene, draws)
     paint_bowel(scene, draws)
-    paint_kidneys(scene)
     paint_spine(scene)
+    paint_kidneys(scene)
     paint_heart(scene)
     paint_great_vessels(scene)
 
