@@ -34,7 +34,7 @@ class T3DProjectionHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., input_size)` to `(..., output_size)`; a batch norm takes its statistics over all leading axes."""
         hidden_states = self.input_projection(hidden_states)
-        hidden_states = self.norm(hidden_states.flatten(0, -2)).view_as(hidden_states)
+        hidden_states = self.norm(hidden_states.reshape(-1, hidden_states.shape[-1])).view_as(hidden_states)
         return self.output_projection(nn.functional.relu(hidden_states))
 
 

@@ -1,0 +1,363 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Losses against values worked out by hand and against plain loops, in value and gradient, on uneven masks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_t3d.configuration_t3d import T3DConfig
+from modeling_t3d.layers_t3d import T3DMultiViewAlignment, T3DReports
+from modeling_t3d.loss_t3d import (
+    chunked_multi_view_contrastive,
+    contrastive_sigmoid,
+    contrastive_softmax,
+    draw_candidate_pairs,
+    gather_sizes,
+    gathered_non_negatives,
+    global_mean,
+    multi_view_contrastive,
+    soft_targets,
+)
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(*shape, dtype=torch.float64, generator=generator), dim=-1)
+
+
+def loop_softmax(image, text, scale, excluded, targets=None):
+    """Cross entropy of every row and column, candidate by candidate."""
+    total, count = 0.0, 0
+    for i in range(len(image)):
+        allowed = [j for j in range(len(image)) if not excluded[i][j]]
+        if len(allowed) < 2:
+            continue
+        count += 1
+        weights = {j: (targets[i][j] if targets is not None else float(j == i)) for j in allowed}
+        norm = sum(weights.values())
+        for anchor, others in ((image[i], text), (text[i], image)):
+            logits = {j: scale * torch.dot(anchor, others[j]) for j in allowed}
+            log_sum = torch.log(sum(torch.exp(logit) for logit in logits.values()))
+            total = total - sum(weights[j] / norm * (logits[j] - log_sum) for j in allowed) / 2
+    return total, count
+
+
+def loop_multi_view(views, own_pair, view_mask, excluded, temperature):
+    """The clustering loss, anchor by anchor and candidate by candidate."""
+    total, count, log_candidates = 0.0, 0, 0.0
+    for q in range(len(views)):
+        own = int(own_pair[q])
+        everyone = [
+            (j, u)
+            for j in range(views.shape[1])
+            for u in range(views.shape[2])
+            if view_mask[q, j, u] and not excluded[q, j]
+        ]
+        for s in range(views.shape[2]):
+            others = [c for c in everyone if c != (own, s)]
+            positives = [c for c in others if c[0] == own]
+            if not view_mask[q, own, s] or not positives:
+                continue
+            logits = {c: torch.dot(views[q, own, s], views[q, c[0], c[1]]) / temperature for c in others}
+            log_sum = torch.log(sum(torch.exp(logit) for logit in logits.values()))
+            total = total - sum(logits[p] - log_sum for p in positives) / len(positives)
+            log_candidates += math.log(len(others))
+            count += 1
+    return total, count, log_candidates
+
+
+def identities(batch: int) -> torch.Tensor:
+    """Two pairs of one study, one of another, the rest without an identity."""
+    ids = torch.full((batch,), -1)
+    ids[0] = ids[2] = 7
+    ids[1] = 5
+    return ids
+
+
+def exclude(study_ids, report_ids, batch: int) -> torch.Tensor:
+    return gathered_non_negatives(study_ids, report_ids, [batch], torch.device("cpu"))
+
+
+# --- values worked out by hand ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, 5, 32])
+def test_softmax_is_log_b_for_equal_embeddings(batch):
+    image, text = unit(1, 16).expand(batch, -1), unit(1, 16, seed=1).expand(batch, -1)
+    total, count = contrastive_softmax(image, text, image, text, torch.tensor(1 / 0.07))
+    assert count == batch
+    assert (total / count).item() == pytest.approx(math.log(batch), abs=1e-12)
+
+
+@pytest.mark.parametrize("constant", ["image", "text"])
+def test_softmax_from_one_constant_side_cannot_fall_below_log_b(constant):
+    batch = 8
+    sides = {"image": unit(batch, 16), "text": unit(batch, 16, seed=1)}
+    sides[constant] = unit(1, 16, seed=2).expand(batch, -1)
+    similarities = ((sides["image"] * sides["text"]).sum(dim=-1) * 10.0).tolist()
+    total, count = contrastive_softmax(sides["image"], sides["text"], *sides.values(), torch.tensor(10.0))
+    # From the varied side all candidates are equal: ln B. From the constant side every row is the same softmax.
+    constant_side = math.log(sum(map(math.exp, similarities))) - sum(similarities) / batch
+    assert (total / count).item() == pytest.approx((math.log(batch) + constant_side) / 2, abs=1e-12)
+    assert total / count >= math.log(batch)
+
+
+def test_softmax_of_two_orthogonal_pairs():
+    eye = torch.eye(2, dtype=torch.float64)
+    total, count = contrastive_softmax(eye, eye, eye, eye, torch.tensor(3.0))
+    assert (total / count).item() == pytest.approx(math.log(1 + math.exp(-3.0)), abs=1e-12)
+
+
+def test_random_embeddings_lie_within_one_above_log_b():
+    batch = 32
+    losses = []
+    for seed in range(10):
+        image, text = unit(batch, 512, seed=seed), unit(batch, 512, seed=100 + seed)
+        total, count = contrastive_softmax(image, text, image, text, torch.tensor(1 / 0.07))
+        losses.append((total / count).item())
+    assert math.log(batch) < sum(losses) / len(losses) < math.log(batch) + 1
+
+
+def test_sigmoid_of_two_orthogonal_pairs():
+    eye = torch.eye(2, dtype=torch.float64)
+    total, count = contrastive_sigmoid(eye, eye, torch.tensor(10.0), torch.tensor(-10.0))
+    expected = math.log(1 + math.exp(0.0)) + math.log(1 + math.exp(-10.0))  # the pair, and the other report
+    assert (total / count).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(2, 2), (3, 4), (32, 4)])
+def test_multi_view_of_equal_views_is_log_of_the_candidates(batch, slots):
+    views = unit(1, 1, 1, 8).expand(batch, batch, slots, -1)
+    mask = torch.ones(batch, batch, slots, dtype=torch.bool)
+    total, count, log_candidates = multi_view_contrastive(views, torch.arange(batch), mask, temperature=0.2)
+    assert count == batch * slots
+    assert (total / count).item() == pytest.approx(math.log(batch * slots - 1), abs=1e-12)
+    assert log_candidates.item() == pytest.approx(total.item(), rel=1e-12)
+
+
+def test_multi_view_of_two_perfect_clusters():
+    # Two pairs of two equal views, orthogonal to each other: one positive at 1, two negatives at 0.
+    views = torch.eye(2, dtype=torch.float64)[:, None].expand(2, 2, -1).expand(2, -1, -1, -1)
+    total, count, _ = multi_view_contrastive(
+        views, torch.arange(2), torch.ones(2, 2, 2, dtype=torch.bool), temperature=0.5
+    )
+    assert (total / count).item() == pytest.approx(math.log(1 + 2 * math.exp(-2.0)), abs=1e-12)
+
+
+def test_soft_targets_follow_the_formula():
+    texts = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 2.0, 1.0]], dtype=torch.float64)
+    targets = soft_targets(texts, texts, 0, temperature=0.07, rate=0.2)
+    close = 0.07 * (1 - math.exp(-0.2))  # correlation 1; the third report correlates at -1, which counts as 0
+    expected = torch.tensor([[1.0, close, 0.0], [close, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(targets, expected, **TOLERANCE)
+
+
+def test_global_mean_without_a_single_anchor_is_zero():
+    assert global_mean(torch.tensor(0.0), torch.tensor(0)).item() == 0.0
+
+
+# --- against plain loops ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("masked", ["nothing", "study", "study and report", "everything"])
+def test_softmax_equals_its_loop(soft, masked):
+    batch = 6
+    study_ids = {"nothing": None, "everything": torch.zeros(batch, dtype=torch.int64)}.get(masked, identities(batch))
+    report_ids = identities(batch).flip(0) if masked == "study and report" else None
+    excluded = exclude(study_ids, report_ids, batch)
+    parts = [unit(batch, 8, seed=seed).requires_grad_() for seed in (1, 2)]
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    targets = soft_targets(parts[1], parts[1], 0, temperature=0.5, rate=2.0) if soft else None
+
+    total, count = contrastive_softmax(*parts, *parts, scale, excluded=excluded, targets=targets)
+    expected, expected_count = loop_softmax(*parts, scale, excluded, targets)
+    assert count == expected_count
+    if masked == "everything":
+        assert total == expected == 0
+        return
+    torch.testing.assert_close(total, expected, **TOLERANCE)
+    gradients = torch.autograd.grad(total, [*parts, scale])
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, [*parts, scale]), **TOLERANCE)
+
+
+def test_sigmoid_equals_its_loop():
+    batch = 5
+    excluded = exclude(identities(batch), None, batch)
+    image, text = (unit(batch, 8, seed=seed).requires_grad_() for seed in (1, 2))
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (4.0, -2.0))
+    total, count = contrastive_sigmoid(image, text, scale, bias, excluded=excluded)
+    expected = 0.0
+    for i in range(batch):
+        for j in range(batch):
+            if not excluded[i, j]:
+                logit = scale * torch.dot(image[i], text[j]) + bias
+                expected = expected + torch.log(1 + torch.exp(-logit if i == j else logit))
+    assert count == batch
+    torch.testing.assert_close(total, expected, **TOLERANCE)
+    inputs = [image, text, scale, bias]
+    torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), **TOLERANCE)
+
+
+@pytest.mark.parametrize("study", [False, True])
+def test_multi_view_equals_its_loop(study):
+    batch, slots = 4, 3
+    raw = torch.randn(batch, batch, slots, 8, dtype=torch.float64, requires_grad=True)
+    views = nn.functional.normalize(raw, dim=-1)
+    # Full, two views, one view (skipped, yet a candidate), none.
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 1, 0], [0, 0, 0]]).bool().expand(batch, -1, -1)
+    excluded = exclude(identities(batch) if study else None, None, batch)
+    own = torch.arange(batch)
+    terms = multi_view_contrastive(views, own, mask, excluded, temperature=0.2)
+    expected, count, log_candidates = loop_multi_view(views, own, mask, excluded, 0.2)
+    assert terms[1] == count == 5
+    torch.testing.assert_close(terms[0], expected, **TOLERANCE)
+    assert terms[2].item() == pytest.approx(log_candidates, rel=1e-12)
+    gradients = [torch.autograd.grad(loss, raw, retain_graph=True)[0] for loss in (terms[0], expected)]
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+    assert gradients[0][:, 3].abs().max() == 0  # a masked view has no gradient
+
+
+def test_masked_views_may_hold_anything():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]]).bool().expand(2, -1, -1)
+    views = unit(2, 2, 3, 8)
+    other = views.clone()
+    other[:, :, 2] = 100.0
+    own = torch.arange(2)
+    first, second = (multi_view_contrastive(v, own, mask, temperature=0.2)[0] for v in (views, other))
+    assert torch.equal(first, second)
+
+
+def test_identities_exclude_symmetrically_and_never_the_own_pair():
+    study_ids = torch.tensor([3, -1, 3, -1, 4])
+    report_ids = torch.tensor([0, 1, 2, 3, 1])
+    excluded = exclude(study_ids, report_ids, 5)
+    assert excluded.nonzero().tolist() == [[0, 2], [1, 4], [2, 0], [4, 1]]
+
+
+def test_single_process_needs_no_group():
+    assert gather_sizes(3, torch.device("cpu")) == [3]
+
+
+# --- the text-informed pooling behind it -----------------------------------------------------------------------------
+
+
+def alignment(query: str, seed: int = 0, **overrides) -> T3DMultiViewAlignment:
+    torch.manual_seed(seed)
+    config = T3DConfig.from_preset(
+        "tiny", projection_dim=16, projection_hidden_size=16, num_tma_heads=2, tma_query=query, **overrides
+    )
+    return T3DMultiViewAlignment(config).double()
+
+
+def random_reports(num_reports: int) -> T3DReports:
+    mask = torch.ones(num_reports, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    tokens = torch.randn(num_reports, 5, 16, dtype=torch.float64)
+    return T3DReports(torch.randn(num_reports, 16, dtype=torch.float64), tokens, mask)
+
+
+def loop_pool(module: T3DMultiViewAlignment, tokens: torch.Tensor, reports: T3DReports, i: int) -> torch.Tensor:
+    """One view, `(tokens, size)`, as report i asks, head by head."""
+    d = module.head_dim
+    residual = 0.0
+    if module.config.tma_query == "vision":
+        asked = reports.tokens[i][reports.mask[i]].detach()
+        queries, residual = module.query_projection(tokens), tokens.mean(dim=0)
+    else:
+        asked, queries = tokens, module.query_projection(reports.embeds[i])[None]
+    keys, values = module.key_projection(asked), module.value_projection(asked)
+    heads = []
+    for h in range(0, 16, d):
+        weights = (queries[:, h : h + d] @ keys[:, h : h + d].T / math.sqrt(d)).softmax(dim=-1)
+        heads.append(weights @ values[:, h : h + d])
+    mixed = module.output_projection(torch.cat(heads, dim=-1)).mean(dim=0)
+    return nn.functional.normalize(module.head(residual + mixed), dim=-1)
+
+
+@pytest.mark.parametrize("query", ["text", "vision"])
+@pytest.mark.parametrize("subset", [False, True])
+def test_pooling_equals_its_loop(query, subset):
+    module, reports = alignment(query), random_reports(4)
+    tokens = torch.randn(4, 3, 6, 16, dtype=torch.float64)
+    candidates = torch.tensor([[0, 2], [1, 3], [2, 0], [3, 1]]) if subset else None
+    pool, _ = module.pooler(tokens, reports, candidates)
+    chosen = candidates if subset else torch.arange(4).expand(4, -1)
+    expected = torch.stack(
+        [
+            torch.stack([torch.stack([loop_pool(module, view, reports, i) for view in tokens[j]]) for j in chosen[i]])
+            for i in range(4)
+        ]
+    )
+    torch.testing.assert_close(pool(0, 4), expected, **TOLERANCE)
+    torch.testing.assert_close(pool(1, 3), expected[1:3], **TOLERANCE)
+    own = torch.stack([expected[i, (chosen[i] == i).nonzero().item()] for i in range(4)])
+    torch.testing.assert_close(module.pool_own_views(tokens, reports), own, **TOLERANCE)
+
+
+@pytest.mark.parametrize("query", ["text", "vision"])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_of_queries_equal_one_piece(query, chunk_size):
+    module, reports = alignment(query), random_reports(5)
+    tokens = torch.randn(5, 2, 4, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 0], [1, 1]]).bool().expand(5, -1, -1)
+    results = []
+    for size in (5, chunk_size):
+        pool, _ = module.pooler(tokens, reports)
+        terms = chunked_multi_view_contrastive(
+            pool, torch.arange(5), mask, exclude(identities(5), None, 5), temperature=0.2, chunk_size=size
+        )
+        inputs = [tokens, *module.parameters()]
+        results.append((*terms, *torch.autograd.grad(terms[0], inputs, allow_unused=True)))
+    for one_piece, in_chunks in zip(*results, strict=True):
+        assert (one_piece is None) == (in_chunks is None)
+        if one_piece is not None:
+            torch.testing.assert_close(in_chunks, one_piece, rtol=1e-10, atol=1e-12)
+
+
+def test_drawn_pairs_are_distinct_balanced_and_contain_the_own():
+    candidates = draw_candidate_pairs(7, 7, 0, 3, device=torch.device("cpu"))
+    assert candidates[:, 0].tolist() == list(range(7))
+    assert all(len(set(row)) == 4 for row in candidates.tolist())
+    assert torch.bincount(candidates.flatten()).tolist() == [4] * 7
+    # The rows of a later rank are those of one process.
+    torch.manual_seed(3)
+    whole = draw_candidate_pairs(7, 7, 0, 3, device=torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(draw_candidate_pairs(2, 7, 5, 3, device=torch.device("cpu")), whole[5:])
+
+
+@pytest.mark.parametrize(("negatives", "leaks"), [("same_query", False), ("own_query", True)])
+def test_only_own_query_leaks(negatives, leaks):
+    """
+    Views that are the same for every input, but differ from token to token, say nothing about the pair. With its own
+    query for each pair the pattern of pooling alone tells pairs apart; with the anchor's query for all it cannot.
+    """
+    batch, slots, num_tokens = 8, 3, 12
+    module = alignment("text").float()
+    texts = nn.Parameter(torch.randn(batch, 16))
+    tokens = nn.Parameter(torch.randn(num_tokens, 16))
+    optimizer = torch.optim.Adam([*module.parameters(), texts, tokens], lr=1e-2)
+    mask = torch.ones(batch, batch, slots, dtype=torch.bool)
+    chance, lowest = math.log(batch * slots - 1), math.inf
+    for _ in range(400):
+        views = tokens.expand(batch, slots, -1, -1)
+        if negatives == "same_query":
+            candidates = module.pooler(views, T3DReports(texts))[0](0, batch)
+        else:
+            candidates = module.pool_own_views(views, T3DReports(texts)).expand(batch, -1, -1, -1)
+        total, count, _ = multi_view_contrastive(candidates, torch.arange(batch), mask, temperature=0.2)
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lowest = min(lowest, loss.item())
+    if leaks:
+        assert lowest < chance - 0.3
+    else:
+        assert lowest >= chance - 0.02
