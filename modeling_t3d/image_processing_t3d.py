@@ -8,12 +8,13 @@
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
@@ -173,11 +174,7 @@ class T3DImageProcessor(BaseImageProcessor):
     def __init__(self, **kwargs: Unpack[T3DImageProcessorKwargs]):
         loader = {key: kwargs.pop(key) for key in LOADER_ARGUMENTS if key in kwargs}
         fields = [key for key in self.valid_kwargs.__annotations__ if key not in CALL_ARGUMENTS]
-        for key in kwargs:
-            if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"T3DImageProcessor has no field {key!r}{hint}")
+        _refuse_unknown(kwargs, fields, "field")
         super().__init__(**loader)
         self._set_attributes(**kwargs)
         if kwargs.get("spacing", 0) is None:  # None is a value of this field, not its absence
@@ -426,6 +423,31 @@ class T3DImageProcessor(BaseImageProcessor):
 
     # ------------------------------------------------------------------------------------------ call
 
+    def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[T3DImageProcessorKwargs]) -> BatchFeature:
+        """Turns one volume, or a list of them, into tensors.
+
+        Args:
+            images: path, numpy array, tensor, nibabel image, `Volume`, [`PreparedVolume`], or a list of these.
+            affine (`np.ndarray` of shape `(4, 4)`, or one per image): array indices to RAS+ world (x, y, z) in mm.
+            volume_spacing, volume_axes: in place of `affine`, mm per array axis and where each axis grows (`"SAR"`).
+            views (`None`, `int` or `"grid"`): no local views, that many random ones, or tiles that cover everything.
+            seed (`int`): of the random views; without it they follow `torch.manual_seed`.
+            return_geometry (`bool`): adds `"geometry"`, one [`ViewGeometry`] per volume.
+            return_tensors (`"pt"` or `"np"`): kind of arrays; `"pt"` if not given.
+            kwargs: fields of the processor, for this call only.
+
+        Returns:
+            `BatchFeature`: `pixel_values` (batch, channels, depth, height, width); with `views` also
+            `local_pixel_values` (batch, views, channels, depth, height, width), `local_mask` (batch, views) bool and
+            `local_positions` (batch, views, 6): centre (z, y, x) in [-1, 1] of the body box, extent as a fraction.
+        """
+        _refuse_unknown(kwargs, list(self.valid_kwargs.__annotations__), "argument")
+        try:
+            return super().preprocess(images, *args, **kwargs)
+        except StrictDataclassFieldValidationError as error:
+            reason = str(error.__cause__).partition(" Errors: ")[0]
+            raise TypeError(f"T3DImageProcessor: {reason}") from None
+
     def fetch_images(self, images: Any) -> Any:
         """Leaves images as they are: `prepare` opens paths, and a volume is not a PIL image."""
         return images
@@ -451,6 +473,8 @@ class T3DImageProcessor(BaseImageProcessor):
         affines = _per_image(affine, len(images), "affine", lambda value: np.ndim(value) == 2)
         spacings = _per_image(volume_spacing, len(images), "volume_spacing", lambda value: np.ndim(value) == 1)
         axes = _per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
+        if not images:
+            raise ValueError("no images were given; pass at least one volume")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         shared = None
         if isinstance(views, int) and self.view_sampling == "aligned":
@@ -515,14 +539,19 @@ def _canonical_volume(
         raise VolumeGeometryError(f"{name}: {error}") from None
 
 
+def _refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"T3DImageProcessor has no {kind} {key!r}{hint}")
+
+
 def _flatten(images: Any) -> list[Any]:
     """Lists of images, nested ([sample][image]) or not, as one list; empty inner lists vanish."""
-    if not isinstance(images, (list, tuple)):
+    if not isinstance(images, list | tuple):
         return [images]
-    flat = [image for entry in images for image in (_flatten(entry) if isinstance(entry, (list, tuple)) else [entry])]
-    if not flat:
-        raise ValueError("no images were given; pass at least one volume")
-    return flat
+    return [image for entry in images for image in _flatten(entry)]
 
 
 def _per_image(value: Any, count: int, name: str, is_single: Callable[[Any], bool]) -> list[Any]:

@@ -190,12 +190,14 @@ def cut_frame(prepared: PreparedVolume, samplings: Sequence[AxisSampling], allow
         positions = sampling.start + sampling.step * np.arange(sampling.count)
         low, high = allowed.start[axis] - 0.5, allowed.stop[axis] - 0.5
         used = np.flatnonzero((positions > low - 1e-6) & (positions < high + 1e-6))
+        if used.size == 0:  # thinner than a sample's width and between two centres: the nearer sample holds it
+            used = np.abs(positions - (low + high) / 2).argmin(keepdims=True)
         first, last = int(used[0]), int(used[-1])
         where.append(slice(first, last + 1))
         # Only the voxels under the samples and under the width over which they are averaged are read.
         reach = sampling.step / 2 + 2
-        start.append(max(allowed.start[axis], math.floor(positions[first] - reach)))
-        stop.append(min(allowed.stop[axis], math.ceil(positions[last] + reach) + 1))
+        start.append(min(max(allowed.start[axis], math.floor(positions[first] - reach)), allowed.stop[axis] - 1))
+        stop.append(max(min(allowed.stop[axis], math.ceil(positions[last] + reach) + 1), start[-1] + 1))
         inner.append(AxisSampling(float(positions[first]) - start[axis], sampling.step, len(used)))
     values = resample(crop(prepared.array, Box(tuple(start), tuple(stop)), prepared.outside), inner)
     size = tuple(sampling.count for sampling in samplings)
