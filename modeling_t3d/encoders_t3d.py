@@ -4,9 +4,10 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -474,13 +475,26 @@ def frozen_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
             child.momentum, child.num_batches_tracked = momentum, num_batches_tracked
 
 
-def checkpoint_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+def checkpoint_counting_once(
+    module: nn.Module, checkpoint_function: Callable[..., Any], block: Callable[..., Any], *args: Any
+) -> Any:
     """
-    Contexts of the first run and of the recomputation of an activation-checkpointed block of `module`: the second must
-    not count the same batch into the running statistics again. Pass it as
-    `context_fn=partial(checkpoint_contexts, module)` to a non-reentrant `torch.utils.checkpoint.checkpoint`.
+    Run `checkpoint_function(block, *args)` so that batch norms of `module` count each batch once: when the backward
+    pass runs the block again, running statistics stay as they are.
     """
-    return nullcontext(), frozen_batch_norm_statistics(module)
+    if torch.compiler.is_compiling():  # a compiled graph updates each buffer once, however much it recomputes
+        return checkpoint_function(block, *args)
+    is_first_run = True
+
+    def run(*args: Any) -> Any:
+        nonlocal is_first_run
+        if is_first_run:
+            is_first_run = False
+            return block(*args)
+        with frozen_batch_norm_statistics(module):
+            return block(*args)
+
+    return checkpoint_function(run, *args)
 
 
 __all__ = [
@@ -495,7 +509,7 @@ __all__ = [
     "T3DViTAttention",
     "T3DViTLayer",
     "build_encoder",
-    "checkpoint_contexts",
+    "checkpoint_counting_once",
     "frozen_batch_norm_statistics",
     "initialize_encoder_module",
     "sincos_positions",

@@ -6,6 +6,7 @@ Encoders stand in `encoders_t3d`, the losses and everything that crosses ranks i
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from math import log
 from os import PathLike
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -26,7 +28,7 @@ from .encoders_t3d import (
     T3DEncoderBlock,
     T3DViTAttention,
     build_encoder,
-    checkpoint_contexts,
+    checkpoint_counting_once,
     frozen_batch_norm_statistics,
     initialize_encoder_module,
 )
@@ -129,16 +131,15 @@ class T3DPreTrainedModel(PreTrainedModel):
     def freeze_text_layers(self) -> None:
         """Freeze the lowest `config.num_frozen_text_layers` layers of the text tower and its embeddings, if any."""
 
-    def _activation_checkpointing_enable(
+    def _set_gradient_checkpointing(
         self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         every_n_layers: int = 1,
-        offload: bool = False,
     ) -> None:
-        settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if not settings["use_reentrant"]:
-            settings.setdefault("context_fn", partial(checkpoint_contexts, self))
-        super()._activation_checkpointing_enable(settings, every_n_layers, offload)
+        # Without it, batch norms in a recomputed block would count the same batch twice.
+        function = partial(checkpoint_counting_once, self, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
 
 
 class T3DVisionModel(T3DPreTrainedModel):

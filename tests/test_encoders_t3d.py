@@ -20,7 +20,7 @@ from modeling_t3d.encoders_t3d import (
     T3DEncoderBlock,
     T3DEncoderOutput,
     build_encoder,
-    checkpoint_contexts,
+    checkpoint_counting_once,
     frozen_batch_norm_statistics,
     initialize_encoder_module,
     sincos_positions,
@@ -400,10 +400,13 @@ def test_initialisation_spares_what_was_loaded(config):
 # --- activation checkpointing
 
 
-def enable_checkpointing(encoder, **kwargs):
+def enable_checkpointing(encoder, counting_once=True, use_reentrant=False):
+    function = partial(checkpoint, use_reentrant=use_reentrant)
     for module in encoder.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **kwargs)
+            module._gradient_checkpointing_func = (
+                partial(checkpoint_counting_once, encoder, function) if counting_once else function
+            )
             module.gradient_checkpointing = True
 
 
@@ -413,26 +416,35 @@ def one_step(encoder, pixel_values):
     return [parameter.grad.clone() for parameter in encoder.parameters()], [b.clone() for b in encoder.buffers()]
 
 
-def test_checkpointing_keeps_gradients_and_running_statistics(config):
+@pytest.mark.parametrize("mode", ["default", "reentrant", "compiled"])
+def test_checkpointing_keeps_gradients_and_running_statistics(config, mode):
     plain = initialized(build_encoder(config)).double().train()
     encoder = build_encoder(config).double().train()
     encoder.load_state_dict(plain.state_dict())
-    enable_checkpointing(encoder, context_fn=partial(checkpoint_contexts, encoder))
-    recomputed = []
-    next(m for m in encoder.modules() if isinstance(m, T3DEncoderBlock)).register_forward_hook(
-        lambda *_: recomputed.append("hook")
-    )
+    enable_checkpointing(encoder, use_reentrant=mode == "reentrant")
+    num_runs = 0
+
+    def count_runs(module, args, output):
+        nonlocal num_runs
+        num_runs += 1
+
+    if mode == "compiled":
+        torch._dynamo.reset()
+        encoder.compile(fullgraph=True, backend="aot_eager")
+    else:  # a part of the first block sees the recomputation
+        block = next(module for module in encoder.modules() if isinstance(module, T3DEncoderBlock))
+        next(block.children()).register_forward_hook(count_runs)
     for _ in range(2):
         pixel_values = torch.randn(2, config.num_channels, 8, 16, 16).double()
         for values, others in zip(one_step(encoder, pixel_values), one_step(plain, pixel_values), strict=True):
             for value, other in zip(values, others, strict=True):
                 torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
-    assert recomputed == ["hook"] * 2  # hooks stay outside the recomputation
+    assert num_runs == (0 if mode == "compiled" else 4)
 
 
 def test_checkpointing_without_the_cure_counts_batches_twice():
     encoder = build_encoder(resnet_config()).train()
-    enable_checkpointing(encoder)
+    enable_checkpointing(encoder, counting_once=False)
     one_step(encoder, torch.randn(2, 1, 8, 16, 16))
     assert encoder.bn1.num_batches_tracked == 1
     assert encoder.layer1[0].bn1.num_batches_tracked == 2
