@@ -6,6 +6,7 @@ Which part of a report is text, how long it may be and how a label becomes a pro
 that training and evaluation cannot disagree.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,13 @@ class T3DProcessor(ProcessorMixin):
         self.present_template = present_template
         self.absent_template = absent_template
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+        """Writes the image processor's and this processor's settings, the tokenizer and the code; see Transformers."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        # Saving leaves the code map behind as an attribute, though it describes the folder and not this object.
+        self.__dict__.pop("auto_map", None)
+        return saved
 
     def compose_report(self, findings: str | None, impression: str | None) -> str | None:
         """The text of a report under this processor's settings; `None` if it is too short."""
