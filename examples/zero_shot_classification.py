@@ -1,0 +1,60 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""
+Score free-text labels on a CT scan with a trained T3D model.
+
+    python examples/zero_shot_classification.py --model outputs/quickstart/model --volume scan.nii.gz \
+        --labels "pleural effusion" "lung nodule"
+
+The volume may be NIfTI, NRRD, MetaImage or a folder with one DICOM series. Not a medical device.
+"""
+
+import argparse
+
+from transformers import pipeline
+
+import modeling_t3d  # noqa: F401 - registers the task
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Score free-text labels on a CT scan with a trained T3D model.")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a T3D checkpoint")
+    parser.add_argument("--volume", required=True, nargs="+", help="one or more scans: files or DICOM folders")
+    parser.add_argument("--labels", required=True, nargs="+", help="names to score")
+    parser.add_argument("--views", help="'grid' or a number of random local views (default: what the model needs)")
+    parser.add_argument("--view-batch-size", type=int, default=8, help="local views at once; bounds memory")
+    scoring = parser.add_mutually_exclusive_group()
+    scoring.add_argument(
+        "--multi-label",
+        action="store_true",
+        default=True,
+        help="labels by themselves, present against absent (default)",
+    )
+    scoring.add_argument("--softmax", dest="multi_label", action="store_false", help="labels compete: a softmax")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the first accelerator, else the CPU)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load, score, print one table per scan."""
+    arguments = parse_arguments()
+    views = int(arguments.views) if arguments.views and arguments.views.isdecimal() else arguments.views
+    classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
+    width = max(map(len, arguments.labels))
+    for path in arguments.volume:
+        scores = classifier(
+            path,
+            candidate_labels=arguments.labels,
+            multi_label=arguments.multi_label,
+            views=views,
+            view_batch_size=arguments.view_batch_size,
+        )
+        print(f"\n{path}")
+        print(f"  {'label':<{width}}  score")
+        for entry in scores:
+            print(f"  {entry['label']:<{width}}  {entry['score']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
