@@ -113,7 +113,7 @@ class Manifest:
 
     def describe(self) -> str:
         """What is in the manifest and what was dropped, one fact per line."""
-        lines = [f"{self.path}: {len(self.rows)} volumes"]
+        lines = [f"{self.path.name}: {len(self.rows)} volumes"]
         for name, count in self.split_sizes().items():
             rows = self.split(name)
             patients = len({row.patient_id for row in rows})

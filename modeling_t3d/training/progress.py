@@ -5,6 +5,7 @@ stop."""
 
 import json
 import logging
+import math
 import signal
 import threading
 from pathlib import Path
@@ -16,33 +17,60 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from .checkpoints import write_text_atomically
+from .state import TrainerState
 
 logger = logging.getLogger(__name__)
 
 
-class RunningMeans:
-    """Means of a step's scalars since the last log line; they stay on their device until read."""
+class StepMeter:
+    """
+    Means of the steps' scalars and the pace since the last log line. Scalars stay on their device until read.
 
-    def __init__(self) -> None:
+    Args:
+        accelerator (`Accelerator`): the run's.
+        state ([`TrainerState`]): the run's; read, never changed.
+        num_samples (`int`): size of the training data.
+    """
+
+    def __init__(self, accelerator: Accelerator, state: TrainerState, num_samples: int) -> None:
+        self.accelerator = accelerator
+        self.state = state
+        self.num_samples = num_samples
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._wait_seconds = 0.0
+        self._seconds_before, self._volumes_before = self.state.elapsed_seconds, self.state.num_volumes
 
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """Count one step's terms."""
+    def add(self, terms: dict[str, torch.Tensor], wait_seconds: float) -> None:
+        """Count one step: its scalars, and how long it waited for data."""
+        self._wait_seconds += wait_seconds
         for name, value in terms.items():
-            value = value.detach().to(torch.float64 if value.device.type != "mps" else torch.float32)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over steps and processes; starts anew. The one place where training waits for the device."""
-        names = list(self._sums)
-        if not names:
-            return {}
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names]).to(torch.float32)
-        means = accelerator.reduce(means, reduction="mean").tolist()
-        self._sums, self._counts = {}, {}
-        return dict(zip(names, means, strict=True))
+    def pop(self) -> dict[str, float]:
+        """
+        Means over steps and processes, and the pace; starts anew. The one place where training waits for the device.
+
+        A value that is not finite raises: this stands before every checkpoint.
+        """
+        means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
+        values = dict(zip(self._sums, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} became {value} by step {self.state.step}; the last checkpoint is whole: resume from it "
+                    "with a lower learning rate or training.mixed_precision=no"
+                )
+        seconds = max(self.state.elapsed_seconds - self._seconds_before, 1e-9)
+        values["volumes_per_second"] = (self.state.num_volumes - self._volumes_before) / seconds
+        values["data_wait_share"] = self._wait_seconds / seconds
+        values["epoch"] = self.state.num_volumes / self.num_samples
+        self._start_anew()
+        return values
 
 
 class ProgressReporter:
@@ -140,4 +168,4 @@ class StopRequest:
         self._restore()
 
 
-__all__ = ["ProgressReporter", "RunningMeans", "StopRequest"]
+__all__ = ["ProgressReporter", "StepMeter", "StopRequest"]

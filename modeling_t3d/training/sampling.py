@@ -78,6 +78,11 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
         """Let the next iteration start at a batch of an epoch."""
         self.epoch, self.first_batch = epoch, first_batch
 
+    def global_size(self, batch: int) -> int:
+        """Samples of a batch over all processes."""
+        step = self.batch_size * self.num_processes
+        return min(step, self.num_samples - batch * step)
+
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
 

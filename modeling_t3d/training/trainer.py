@@ -9,14 +9,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,51 +37,15 @@ from .checkpoints import (
 )
 from .model_card import fill_model_card
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
-from .progress import ProgressReporter, RunningMeans, StopRequest
+from .preflight import choose_precision, device_name, refuse_before_training
+from .progress import ProgressReporter, StepMeter, StopRequest
 from .sampling import ShardedBatchSampler, stable_seed
+from .state import TrainerState, TrainingResult
 
 logger = logging.getLogger(__name__)
 
 # sysexits' "temporary failure, try again": what a scheduler may requeue on.
 EXIT_STATUS_INTERRUPTED = 75
-_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass
-class TrainerState:
-    """
-    Where a run stands; all that a checkpoint holds beside tensors and random states.
-
-    Args:
-        step (`int`): optimiser steps taken.
-        epoch (`int`), next_batch (`int`): the next micro-batch of each process is this one of this epoch.
-        elapsed_seconds (`float`): time spent in training steps, over all resumptions.
-        num_volumes (`int`): volume-report pairs seen, over all processes.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    next_batch: int = 0
-    elapsed_seconds: float = 0.0
-    num_volumes: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """
-    How a run ended.
-
-    Args:
-        status (`str`): `"completed"`, or `"interrupted"` by a signal after writing a checkpoint.
-        state ([`TrainerState`]): where it stands.
-        model_dir (`Path`, *optional*): the `save_pretrained` folder of a completed run.
-        metrics (`dict[str, float]`): of the last validation.
-    """
-
-    status: str
-    state: TrainerState
-    model_dir: Path | None
-    metrics: dict[str, float]
 
 
 class T3DTrainer:
@@ -120,8 +84,8 @@ class T3DTrainer:
         self.card_facts = card_facts or {}
         self.accelerator = Accelerator(
             cpu=args.use_cpu or not torch.accelerator.is_available(),
-            mixed_precision=_precision(args),
-            log_with=args.trackers,
+            mixed_precision=choose_precision(args),
+            log_with=args.trackers or None,
             project_dir=args.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.find_unused_parameters)],
         )
@@ -135,7 +99,7 @@ class T3DTrainer:
             seed=args.seed,
             drop_last=args.drop_last,
         )
-        self._check_before_training()
+        refuse_before_training(self.accelerator, args, len(train_dataset), self.steps_per_epoch)
         if args.activation_checkpointing:
             model.activation_checkpointing_enable()
         self.model = self.accelerator.prepare_model(model)
@@ -149,29 +113,6 @@ class T3DTrainer:
         self.metrics: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------ before training
-
-    def _check_before_training(self) -> None:
-        args, accelerator = self.args, self.accelerator
-        world_size = accelerator.num_processes
-        if args.num_processes not in (None, world_size):
-            raise ConfigurationError(
-                f"training.num_processes={args.num_processes}, but {world_size} were started; on CPUs start them with "
-                f"torchrun --nproc_per_node {args.num_processes} (accelerate launch --cpu starts one)"
-            )
-        if accelerator.distributed_type not in _DISTRIBUTED:
-            raise ConfigurationError(
-                f"this trainer runs alone or data-parallel, not as {accelerator.distributed_type.value}; "
-                "change the Accelerate configuration"
-            )
-        if args.per_device_train_batch_size * world_size < 2:
-            raise ConfigurationError(
-                "a contrastive batch needs at least 2 pairs; raise training.per_device_train_batch_size"
-            )
-        if not self.steps_per_epoch:
-            raise ConfigurationError(
-                f"{len(self.train_dataset)} pairs do not fill one step of {self.pairs_per_step}; lower "
-                "training.per_device_train_batch_size or training.gradient_accumulation_steps"
-            )
 
     @property
     def pairs_per_step(self) -> int:
@@ -232,33 +173,23 @@ class T3DTrainer:
 
     def _run(self, reporter: ProgressReporter, stop: StopRequest) -> bool:
         """Steps until the budget is spent; returns whether a signal ended them first."""
-        args, state, means = self.args, self.state, RunningMeans()
+        args, state = self.args, self.state
+        meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         last_saved = last_evaluated = state.step
-        log_seconds, log_volumes, wait_seconds = state.elapsed_seconds, state.num_volumes, 0.0
         self.model.train()
         steps = self._steps()
         interrupted = self._agree(stop)
         while self.progress < 1 and not interrupted:
             start = time.monotonic()
             micro_batches = next(steps)
-            wait_seconds += time.monotonic() - start
-            means.add(self._step(micro_batches))
+            wait_seconds = time.monotonic() - start
+            meter.add(self._step(micro_batches), wait_seconds)
             state.elapsed_seconds += time.monotonic() - start
             interrupted = self._agree(stop)
             reporter.advance()
             is_save_due = interrupted or bool(args.save_steps and state.step % args.save_steps == 0)
             if is_save_due or self.progress >= 1 or state.step % args.logging_steps == 0:
-                seconds = max(state.elapsed_seconds - log_seconds, 1e-9)
-                values = means.pop(self.accelerator)
-                self._refuse_non_finite(values)
-                values |= {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups[:1]}
-                values |= {
-                    "volumes_per_second": (state.num_volumes - log_volumes) / seconds,
-                    "data_wait_share": wait_seconds / seconds,
-                    "epoch": state.num_volumes / len(self.train_dataset),
-                }
-                reporter.log(state.step, values)
-                log_seconds, log_volumes, wait_seconds = state.elapsed_seconds, state.num_volumes, 0.0
+                reporter.log(state.step, meter.pop() | {"learning_rate": self.optimizer.param_groups[0]["lr"]})
             if args.eval_steps and state.step % args.eval_steps == 0 and not interrupted:
                 self._evaluate(reporter)
                 last_evaluated = state.step
@@ -320,14 +251,9 @@ class T3DTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         clamp_logit_scale(self.unwrapped_model)
         state.step += 1
-        state.num_volumes += self._num_pairs(micro_batches)
+        done = range(state.next_batch - len(micro_batches), state.next_batch)
+        state.num_volumes += sum(self.sampler.global_size(batch) for batch in done)
         return terms
-
-    def _num_pairs(self, micro_batches: list[dict[str, torch.Tensor]]) -> int:
-        full = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        last = self.sampler.num_samples - (self.sampler.num_batches - 1) * full
-        ends_epoch = self.state.next_batch == self.sampler.num_batches
-        return full * len(micro_batches) - (max(0, full - last) if ends_epoch else 0)
 
     def _agree(self, stop: StopRequest) -> bool:
         """Whether any process heard a signal; also gives all processes the main one's clock."""
@@ -339,14 +265,6 @@ class T3DTrainer:
         message = torch.tensor([heard, clock], dtype=torch.float64, device=self.accelerator.device)
         heard, self.state.elapsed_seconds = self.accelerator.reduce(message, reduction="sum").tolist()
         return heard > 0
-
-    def _refuse_non_finite(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} became {value} before step {self.state.step}; the last checkpoint is whole: resume "
-                    "from it with a lower learning rate or training.mixed_precision=no"
-                )
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -452,7 +370,7 @@ class T3DTrainer:
                     "volumes": self.state.num_volumes,
                     "minutes": self.state.elapsed_seconds / 60,
                     "processes": self.accelerator.num_processes,
-                    "device": _device_name(self.accelerator.device),
+                    "device": device_name(self.accelerator.device),
                     "precision": self.accelerator.mixed_precision,
                 },
                 **self.card_facts,
@@ -470,14 +388,4 @@ class T3DTrainer:
             write_text_atomically(self.output_dir / "status.json", text)
 
 
-def _precision(args: T3DTrainingArguments) -> str:
-    if args.mixed_precision != "auto":
-        return args.mixed_precision
-    return "bf16" if not args.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-__all__ = ["EXIT_STATUS_INTERRUPTED", "T3DTrainer", "TrainerState", "TrainingResult"]
+__all__ = ["EXIT_STATUS_INTERRUPTED", "T3DTrainer"]
