@@ -2,6 +2,9 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """W processes compute what one computes: values, counts and the gradient of every parameter, on uneven batches."""
 
+import os
+import sys
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -15,10 +18,13 @@ def ranks(request, tmp_path_factory) -> list[dict]:
     """What each rank wrote, for one world size; the processes run all cases."""
     folder = tmp_path_factory.mktemp(f"world_size_{request.param}")
     # A server that has imported everything forks the ranks: quicker than spawning, and free of this process's threads.
+    # It finds what it imports by the environment alone.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["distributed_cases"])
-    multiprocessing.start_processes(
-        run_rank, args=(request.param, str(folder)), nprocs=request.param, start_method="forkserver"
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.start_processes(
+            run_rank, args=(request.param, str(folder)), nprocs=request.param, start_method="forkserver"
+        )
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(request.param)]
 
 
