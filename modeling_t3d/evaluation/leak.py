@@ -91,39 +91,6 @@ def shuffle_views(batch: Mapping[str, Any], generator: torch.Generator | None = 
     return shuffled
 
 
-def num_tma_candidates(
-    local_mask: torch.Tensor,
-    study_ids: torch.Tensor | None = None,
-    report_ids: torch.Tensor | None = None,
-    num_negative_pairs: int | None = None,
-) -> float:
-    """Candidates per anchor of the clustering loss: `exp(mean_a ln n_a)` over the valid anchors.
-
-    An anchor's candidates are the other valid views of its pair and the valid views of every pair that shares neither
-    study nor report with it (negative ids match nothing).
-
-    Args:
-        local_mask (`torch.Tensor` of shape `(B, S)`): valid views.
-        study_ids, report_ids (`torch.Tensor` of shape `(B,)`, *optional*): equal ids are not negatives of each other.
-        num_negative_pairs: when set, that many other pairs are drawn, so an anchor sees their mean number of views.
-    """
-    counts = local_mask.sum(dim=1).double().cpu()
-    same = torch.eye(len(counts), dtype=torch.bool)
-    for ids in (study_ids, report_ids):
-        if ids is not None:
-            ids = ids.cpu()
-            same |= (ids[:, None] == ids) & (ids[:, None] >= 0)
-    negatives = (~same).double() @ counts
-    if num_negative_pairs is not None:
-        allowed = (~same).double().sum(dim=1)
-        negatives = negatives * (num_negative_pairs / allowed.clamp(min=num_negative_pairs))
-    anchors = torch.where(counts >= 2, counts, 0.0)
-    if anchors.sum() == 0:
-        raise ValueError("no pair of the batch has two valid views: the multi-view alignment has no anchor to check")
-    logs = (counts - 1 + negatives).clamp(min=1).log()
-    return math.exp(float((anchors * logs).sum() / anchors.sum()))
-
-
 @torch.no_grad()
 def measure_leak(
     model: torch.nn.Module, batch: Mapping[str, Any], *, num_shuffles: int = 1, seed: int = 0
@@ -131,35 +98,31 @@ def measure_leak(
     """Recompute the multi-view alignment of a `T3DForPreTraining` with shuffled views, in evaluation mode.
 
     Args:
-        model: returns `loss_tma`; its training mode is restored.
+        model: its outputs hold `loss_tma` and `log_num_candidates`; its training mode is restored.
         batch: the model's keyword arguments, with at least two pairs and their local views, on the model's device.
         num_shuffles: independent shuffles to average.
         seed: of the shuffles.
     """
-    if batch.get("local_pixel_values") is None or batch["local_pixel_values"].shape[0] < 2:
+    views = batch.get("local_pixel_values")
+    if views is None or len(views) < 2:
         raise ValueError("the leak control needs local_pixel_values of at least two pairs")
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
     try:
-        loss = float(model(**batch).loss_tma)
+        output = model(**batch)
+        loss, log_num_candidates = float(output.loss_tma), float(output.log_num_candidates)
         shuffled = [float(model(**shuffle_views(batch, generator)).loss_tma) for _ in range(num_shuffles)]
     finally:
         model.train(was_training)
-    mask = batch.get("local_mask")
-    if mask is None:
-        mask = torch.ones(batch["local_pixel_values"].shape[:2], dtype=torch.bool)
-    candidates = num_tma_candidates(
-        mask, batch.get("study_ids"), batch.get("report_ids"), model.config.tma_negative_pairs
-    )
-    loss_shuffled = sum(shuffled) / len(shuffled)
+    loss_shuffled, num_candidates = sum(shuffled) / len(shuffled), math.exp(log_num_candidates)
     return LeakReport(
         loss=loss,
         loss_shuffled=loss_shuffled,
-        num_candidates=candidates,
-        leak=leak_ratio(loss, loss_shuffled, candidates),
+        num_candidates=num_candidates,
+        leak=leak_ratio(loss, loss_shuffled, num_candidates),
         num_shuffles=num_shuffles,
     )
 
 
-__all__ = ["LeakReport", "leak_ratio", "measure_leak", "num_tma_candidates", "shuffle_views"]
+__all__ = ["LeakReport", "leak_ratio", "measure_leak", "shuffle_views"]

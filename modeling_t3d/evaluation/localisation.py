@@ -2,14 +2,18 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Does the text-attention map point at the lesion: pointing accuracy and average precision over local-view tokens.
 
-Attention arrives as an array; boxes are in voxels of the lesion mask's own grid, order (z, y, x).
+Boxes of views are in voxels of the lesion mask's own grid, order (z, y, x).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
+from ..geometry_t3d import Volume, crop_affine
+from .encoding import TEXT_INPUTS, evaluation_mode, token_limit
 from .statistics import Interval, average_precision, bootstrap_mean, percentile_interval
 
 # A cell that overlaps a voxel by less than this share of a voxel, by rounding of affines, does not touch it.
@@ -225,6 +229,91 @@ def summarise_localisation(
     )
 
 
+def localisation_case(
+    prepared: Any, local_views: Any, lesions: Mapping[str, Volume], patient_id: Hashable
+) -> dict[str, Any]:
+    """One volume for [`evaluate_localisation`].
+
+    Args:
+        prepared: the `PreparedVolume` that the views were cut from.
+        local_views: the `LocalViews` of it (values and boxes).
+        lesions: finding -> `Volume` whose non-zero voxels are the lesion, in any orientation and on any grid that
+            shares the scan's axes.
+        patient_id: for the bootstrap.
+    """
+    affines = [crop_affine(prepared.affine, box.start) for box in local_views.boxes]
+    size = local_views.pixel_values.shape[-3:]
+    masks = {finding: lesion.to_canonical() for finding, lesion in lesions.items()}
+    return {
+        "local_pixel_values": local_views.pixel_values,
+        "lesions": {finding: mask.array != 0 for finding, mask in masks.items()},
+        "boxes": {finding: boxes_from_affines(affines, size, mask.affine) for finding, mask in masks.items()},
+        "patient_id": patient_id,
+    }
+
+
+def text_attention(
+    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], local_pixel_values: torch.Tensor
+) -> np.ndarray:
+    """Attention of one volume's views to a text: the mean map over several wordings.
+
+    Args:
+        model: a `T3DForPreTraining`.
+        tokenizer: the processor's.
+        prompts: wordings of one finding.
+        local_pixel_values (`torch.Tensor` of shape `(S, C, d, h, w)`): the views.
+
+    Returns:
+        `np.ndarray` of shape `(S, d', h', w')`, summing to one within each view.
+    """
+    limit = token_limit(model, tokenizer)
+    tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    inputs = {name: tokens[name].to(model.device) for name in TEXT_INPUTS if name in tokens}
+    with evaluation_mode(model):
+        # (wordings, S, d', h', w')
+        maps = model.get_text_attention(**inputs, local_pixel_values=local_pixel_values[None].to(model.device))
+    return maps.float().mean(dim=0).cpu().numpy()
+
+
+def evaluate_localisation(
+    model: torch.nn.Module,
+    processor: Any,
+    cases: Iterable[Mapping[str, Any]],
+    prompts: Mapping[str, Sequence[tuple[str, str]]],
+    *,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, LocalisationSummary]:
+    """Score the attention map of each finding's positive prompts against its lesions, one volume at a time.
+
+    Args:
+        model: a `T3DForPreTraining`.
+        processor: its `T3DProcessor`.
+        cases: mappings as [`localisation_case`] makes them; any iterable. A finding without prompts is an error.
+        prompts: finding -> (positive, negative) pairs.
+        num_resamples, confidence, seed: of the patient-level bootstrap.
+
+    Returns:
+        `dict` with "all" lesions, then each finding that occurs.
+    """
+    scores: dict[str, list[LocalisationScore | None]] = {"all": []}
+    patients: dict[str, list[Hashable]] = {"all": []}
+    for case in cases:
+        for finding, mask in case["lesions"].items():
+            if finding not in prompts:
+                raise ValueError(f"no prompts for the lesion {finding!r}; add them or leave the lesion out")
+            wordings = [positive for positive, _ in prompts[finding]]
+            attention = text_attention(model, processor.tokenizer, wordings, case["local_pixel_values"])
+            touched = tokens_touching(mask, case["boxes"][finding], attention.shape[1:])
+            score = score_attention(attention, touched)
+            for name in ("all", finding):
+                scores.setdefault(name, []).append(score)
+                patients.setdefault(name, []).append(case["patient_id"])
+    settings = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    return {name: summarise_localisation(scores[name], patients[name], **settings) for name in scores}
+
+
 def attention_volume(attention: np.ndarray, boxes: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Paint the attention of the views into a volume: the mean where views overlap, nan where no view looks.
 
@@ -257,7 +346,10 @@ __all__ = [
     "LocalisationSummary",
     "attention_volume",
     "boxes_from_affines",
+    "evaluate_localisation",
+    "localisation_case",
     "score_attention",
     "summarise_localisation",
+    "text_attention",
     "tokens_touching",
 ]
