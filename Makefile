@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch to install. Where no GPU is found its CPU build is preferred, if a configured package index has one.
 TORCH ?= torch==2.13.0
-OUTPUT ?= outputs
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
@@ -20,11 +19,17 @@ $(INSTALLED): setup.py Makefile
 	$(BIN)/pip install -q -e ".[all,dev]"
 	touch $@
 
+# Phantoms as NIfTI files, pre-training from their manifest, evaluation of the saved folder: the steps of any project.
+QUICKSTART := outputs/quickstart
 quickstart: $(INSTALLED)
-	$(BIN)/python examples/quickstart.py --output $(OUTPUT)/quickstart
+	$(BIN)/python examples/make_phantoms.py --output $(QUICKSTART)/phantoms --train 2000 --validation 100 --test 400 \
+		--masks --uncompressed --num-workers $(WORKERS)
+	$(BIN)/accelerate launch --num_processes 1 examples/pretrain.py --config examples/configs/quickstart.yaml
+	$(BIN)/python examples/evaluate_phantoms.py --model $(QUICKSTART)/run/model \
+		--manifest $(QUICKSTART)/phantoms/manifest.csv --output $(QUICKSTART)/evaluation
 
 ablation: $(INSTALLED)
-	$(BIN)/python examples/ablation.py --output $(OUTPUT)/ablation $(ABLATION)
+	$(BIN)/python examples/ablation.py --output outputs/ablation $(ABLATION)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)
