@@ -111,7 +111,7 @@ class T3DPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike | None, *model_args, **kwargs):
         r"""
         As [`~transformers.PreTrainedModel.from_pretrained`], of the folder of any T3D model that holds this one's
-        parts. The lowest `num_frozen_text_layers` are frozen afterwards (loading makes every parameter trainable).
+        parts. The lowest `num_frozen_text_layers` are frozen afterwards.
         """
         nests_vision_model = cls.base_model_prefix == "vision_model"
         if nests_vision_model:
@@ -125,11 +125,11 @@ class T3DPreTrainedModel(PreTrainedModel):
                 for conversion in getattr(model, "_weight_conversions", None) or []
                 if _PRETRAINING_PREFIX not in conversion.source_patterns
             ]
-        model.freeze_text_layers()
+        model.freeze_after_loading()
         return loaded
 
-    def freeze_text_layers(self) -> None:
-        """Freeze the lowest `config.num_frozen_text_layers` layers of the text tower and its embeddings, if any."""
+    def freeze_after_loading(self) -> None:
+        """Freeze what the configuration says does not train: loading makes every parameter trainable."""
 
     def _set_gradient_checkpointing(
         self,
@@ -224,15 +224,17 @@ class T3DModel(T3DPreTrainedModel):
             config.projection_norm,
         )
         self.view_fusion = T3DViewFusion(config) if config.view_fusion == "attention" else None
-        # A log, so that a learnt scale stays positive; a buffer where it is fixed, since loading would unfreeze it.
-        if config.learnable_temperature or config.contrastive_loss == "sigmoid":
-            self.logit_scale = nn.Parameter(torch.zeros(()))
-        else:
-            self.register_buffer("logit_scale", torch.zeros(()))
+        # A log, so that a learnt scale stays positive. Fixed, it is a parameter all the same: the placement of models
+        # that do not fit on a device loses a nested module's own buffers.
+        self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=self._learns_scale)
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.contrastive_loss == "sigmoid" else None
         # DistilBERT and others take no segments, and RoBERTa has a single one.
         self._takes_token_types = getattr(config.text_config, "type_vocab_size", 0) > 1
         self.post_init()
+
+    @property
+    def _learns_scale(self) -> bool:
+        return self.config.learnable_temperature or self.config.contrastive_loss == "sigmoid"
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's word embeddings."""
@@ -276,8 +278,13 @@ class T3DModel(T3DPreTrainedModel):
         model.base_model.vision_model.load_state_dict(vision.state_dict())
         weights = {name: weight for name, weight in text.state_dict().items() if not name.startswith("pooler.")}
         model.base_model.text_model.load_state_dict(weights)
-        model.freeze_text_layers()
+        model.freeze_after_loading()
         return model
+
+    def freeze_after_loading(self) -> None:
+        """Freeze a temperature that is not learnt, and text layers."""
+        self.logit_scale.requires_grad_(self._learns_scale)
+        self.freeze_text_layers()
 
     def freeze_text_layers(self) -> None:
         """
@@ -302,7 +309,8 @@ class T3DModel(T3DPreTrainedModel):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Hold a learnt scale at `config.max_logit_scale` or below; call it after each optimiser step."""
-        self.logit_scale.clamp_(max=log(self.config.max_logit_scale))
+        if self._learns_scale:
+            self.logit_scale.clamp_(max=log(self.config.max_logit_scale))
 
     def encode_local_views(
         self, local_pixel_values: torch.Tensor, local_mask: torch.Tensor | None = None
@@ -587,6 +595,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the text tower's word embeddings."""
         self.t3d.set_input_embeddings(value)
+
+    def freeze_after_loading(self) -> None:
+        """See [`T3DModel.freeze_after_loading`]."""
+        self.t3d.freeze_after_loading()
 
     def freeze_text_layers(self) -> None:
         """See [`T3DModel.freeze_text_layers`]."""
