@@ -479,6 +479,15 @@ def test_numpy_output():
     assert all(isinstance(value, np.ndarray) for value in output.values())
 
 
+def test_batch_is_cast_like_every_batch_of_transformers():
+    output = make_processor()(body_array(), affine=AFFINE, views=2, return_geometry=True)
+    assert output["pixel_values"].dtype == output["local_positions"].dtype == torch.float32
+    half = output.to(torch.float16)
+    assert half["pixel_values"].dtype == half["local_pixel_values"].dtype == torch.float16
+    assert half["local_mask"].dtype == torch.bool
+    assert len(half["geometry"]) == 1
+
+
 def test_views_of_a_cached_volume_are_cheap():
     processor = T3DImageProcessor(spacing=(4, 4, 4), global_size=(64, 64, 64), local_size=(32, 32, 32))
     prepared = processor.prepare(body_array((104, 72, 96)), upright_affine((4.0, 4.0, 4.0)))

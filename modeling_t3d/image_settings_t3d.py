@@ -1,0 +1,151 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The settings of the image processor: their types, their checks and their description in plain words.
+
+What the settings do is in `image_processing_t3d`.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers.processing_utils import ImagesKwargs
+
+from .intensity_t3d import INTENSITIES
+
+GLOBAL_FITS = ("body", "crop", "resize")
+VIEW_SAMPLINGS = ("independent", "overlapping", "aligned")
+
+
+class T3DImageProcessorKwargs(ImagesKwargs, total=False):
+    """Fields of [`T3DImageProcessor`] and arguments of its call; see there."""
+
+    spacing: list[float | int] | tuple[float | int, ...] | None
+    global_size: list[int] | tuple[int, ...] | None
+    local_size: list[int] | tuple[int, ...] | None
+    global_fit: str | None
+    global_crop_extent: float | int | None
+    intensity: str | None
+    check_intensity: bool | None
+    windows: list[list[float | int]] | tuple[tuple[float | int, ...], ...] | list[tuple[float | int, ...]] | None
+    num_local_views: int | None
+    view_sampling: str | None
+    view_overlap: float | int | None
+    view_jitter: float | int | None
+    grid_overlap: float | int | None
+    deoblique: bool | None
+    affine: Any
+    volume_spacing: Any
+    volume_axes: Any
+    views: int | str | None
+    seed: int | None
+    return_geometry: bool | None
+
+
+# Arguments of a call, never saved.
+CALL_ARGUMENTS = ("affine", "volume_spacing", "volume_axes", "views", "seed", "return_geometry", "return_tensors")
+# Two-dimensional settings that Transformers' base class offers, and what takes their place here.
+REPLACED_ARGUMENTS = {
+    "size": "global_size",
+    "crop_size": "local_size",
+    "do_resize": "global_fit and spacing",
+    "do_center_crop": 'global_fit="crop"',
+    "do_pad": "global_size",
+    "pad_size": "global_size",
+    "resample": "nothing (resampling is trilinear)",
+    "do_convert_rgb": "windows",
+    "input_data_format": "volume_axes",
+}
+LOADER_ARGUMENTS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
+
+
+def refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str) -> None:
+    """Raises for a name that is not a setting, with the nearest one that is."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"T3DImageProcessor has no {kind} {key!r}{hint}")
+
+
+def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Lists become tuples; every field is checked, here and nowhere else."""
+    for key, replacement in REPLACED_ARGUMENTS.items():
+        if kwargs.get(key) is not None:
+            raise ValueError(f"{key!r} is a setting of 2-D image processors; use {replacement} instead")
+    for key in ("global_size", "local_size"):
+        kwargs[key] = tuple(kwargs[key])
+        if len(kwargs[key]) != 3 or min(kwargs[key]) < 1:
+            raise ValueError(f"{key} must be three positive numbers of voxels (z, y, x), got {kwargs[key]}")
+    if kwargs["spacing"] is not None:
+        kwargs["spacing"] = tuple(float(step) for step in kwargs["spacing"])
+        if len(kwargs["spacing"]) != 3 or min(kwargs["spacing"]) <= 0:
+            raise ValueError(f"spacing must be three positive mm (z, y, x) or None, got {kwargs['spacing']}")
+    kwargs["windows"] = tuple(tuple(float(end) for end in window) for window in kwargs["windows"])
+    if not kwargs["windows"] or any(len(window) != 2 or window[0] >= window[1] for window in kwargs["windows"]):
+        raise ValueError(f"windows must be pairs (low, high) with low < high, got {kwargs['windows']}")
+    choices = {"global_fit": GLOBAL_FITS, "intensity": INTENSITIES, "view_sampling": VIEW_SAMPLINGS}
+    for key, allowed in choices.items():
+        if kwargs[key] not in allowed:
+            raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {kwargs[key]!r}")
+    for key in ("image_mean", "image_std"):
+        if isinstance(kwargs.get(key), list):
+            kwargs[key] = tuple(kwargs[key])
+    if kwargs.get("do_normalize") and (kwargs.get("image_mean") is None or kwargs.get("image_std") is None):
+        raise ValueError("do_normalize=True needs image_mean and image_std")
+    views = kwargs.get("views")
+    if views is not None and views != "grid" and (not isinstance(views, int) or views < 1):
+        raise ValueError(f'views must be None, a positive number of random views or "grid", got {views!r}')
+    return kwargs
+
+
+def describe(processor: Any) -> str:
+    """The whole volume contract of a `T3DImageProcessor` in plain words."""
+    spacing = "the scan's own"
+    if processor.spacing is not None:
+        spacing = " x ".join(f"{step:g}" for step in processor.spacing) + " mm"
+    oblique = "resampled to the world axes" if processor.deoblique else "keep their rotation (nearest axes)"
+    fit = {
+        "body": "the body's bounding box, scaled by one factor and padded with air",
+        "crop": f"a {processor.global_crop_extent:g} mm cube around the body's centre",
+        "resize": "the whole volume, stretched",
+    }[processor.global_fit]
+    values = {
+        "hu": "Hounsfield units; padding becomes -1024; "
+        + ("volumes that cannot be HU are refused; " if processor.check_intensity else "not checked; ")
+        + "channels: "
+        + ", ".join(f"{low:g}..{high:g} HU" for low, high in processor.windows)
+        + " scaled to [-1, 1] and clipped",
+        "unit": "0..1, scaled to [-1, 1]",
+        "uint8": "0..255, scaled to [-1, 1]",
+        "zscore": "mean 0 and deviation 1 over the foreground of each volume, not clipped",
+        "percentile": "0.5th to 99.5th percentile of each volume, scaled to [-1, 1] and clipped",
+    }[processor.intensity]
+    sizes = [" x ".join(str(extent) for extent in size) for size in (processor.global_size, processor.local_size)]
+    lines = [
+        "axes          (z, y, x), growing towards superior, anterior, right; orientation from the affine",
+        f"obliques      {oblique}",
+        f"intensity     {values}",
+        f"model grid    {spacing}, trilinear, averaged over the new voxel when downsampling",
+        f"global view   {sizes[0]} voxels: {fit}",
+        f"local views   {sizes[1]} voxels on the uncropped model grid; {processor.num_local_views} per volume in "
+        f'training, {processor.view_sampling} sampling; views="grid" covers all (overlap {processor.grid_overlap:g})',
+        "outside       air (-1024 HU), or the declared range's lower end",
+    ]
+    if not processor.do_rescale:
+        lines.append("rescale       off: values stay as they are")
+    elif processor.rescale_factor != 1.0:
+        lines.append(f"rescale       scaled values are multiplied by {processor.rescale_factor:g}")
+    if processor.do_normalize:
+        lines.append(f"normalise     minus {processor.image_mean}, divided by {processor.image_std}")
+    return "\n".join(lines)
+
+
+__all__ = [
+    "CALL_ARGUMENTS",
+    "LOADER_ARGUMENTS",
+    "T3DImageProcessorKwargs",
+    "describe",
+    "refuse_unknown",
+    "standardise",
+]
