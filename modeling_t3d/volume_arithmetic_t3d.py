@@ -25,6 +25,7 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         >>> rescale(np.array([0, 4095], dtype=np.uint16), 1.0, -1024.0)
         array([-1024,  3071], dtype=int16)
     """
+    stored = np.asarray(stored)  # a plain array, where a reader hands out a memory map
     if stored.dtype.kind in "iub" and float(slope).is_integer() and float(intercept).is_integer():
         factor, offset = int(slope), int(intercept)
         lowest, highest = int(stored.min()), int(stored.max())

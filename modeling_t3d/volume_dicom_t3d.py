@@ -38,15 +38,17 @@ HEADER_KEYWORDS = [
 @contextlib.contextmanager
 def quiet_parsers() -> Iterator[None]:
     """Silence what parsers warn and log: they repeat header values, which may identify a person."""
-    logger = logging.getLogger("pydicom")
-    before = logger.disabled
-    logger.disabled = True
+    loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel", "nibabel.global")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 class _Refused(Exception):
@@ -278,7 +280,7 @@ class _Folder:
             with open(self.files[file], "rb") as stream:
                 start = stream.read(132)
             if start[128:] != b"DICM":
-                if start[:2] in (b"\x02\x00", b"\x08\x00"):  # the group that a data set without preamble begins with
+                if b"\x08\x00\x05\x00" in start:  # the character set, which a data set without preamble begins with
                     raise self.error("is a DICOM data set without the file preamble; convert it to a DICOM file", file)
                 return None
             return pydicom.dcmread(self.files[file], **options)

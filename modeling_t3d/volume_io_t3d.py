@@ -5,10 +5,12 @@
 What cannot be read right raises `VolumeReadError` with the path as given; header text is never repeated.
 """
 
+import gzip
 import math
 import os
 import stat
 import tempfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +27,11 @@ from .geometry_t3d import (
 )
 from .volume_arithmetic_t3d import remove_shear, rescale
 from .volume_dicom_t3d import quiet_parsers, read_dicom
+from .volume_headers_t3d import MAXIMUM_DEFLATE, read_text_header
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", "")
-# Deflate packs at most 1032 to 1: a header that promises more than this many times the file is damaged or hostile.
-MAXIMUM_DEFLATE = 1040
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -96,6 +97,8 @@ def _check_readable(source: str) -> bool:
             raise VolumeReadError(f"{source}: is neither a file nor a folder")
         with open(source, "rb"):
             pass
+    except VolumeReadError:
+        raise
     except FileNotFoundError:
         raise VolumeReadError(f"{source}: no such file or folder") from None
     except (OSError, ValueError) as error:
@@ -127,7 +130,8 @@ def _dicom_files(source: str, suffix: str, is_folder: bool) -> list[str]:
 
 def _damaged(source: str, kind: str, error: Exception) -> VolumeReadError:
     """The error for whatever a parser raised; its own text is not repeated, it may quote the header."""
-    reason = "truncated or damaged compressed data" if isinstance(error, EOFError) else type(error).__name__
+    compressed = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+    reason = "its compressed data ends early or is wrong" if compressed else type(error).__name__
     return VolumeReadError(f"{source}: is not a readable {kind} file: truncated, damaged or another format ({reason})")
 
 
@@ -182,16 +186,30 @@ def _read_nifti(source: str, time_index: int | None) -> Volume:
         image = nibabel.load(source, keep_file_open=False)
         shape, dtype = image.shape, image.get_data_dtype()
         offset = image.dataobj.offset
+        with image.file_map["image"].get_prepare_fileobj("rb") as stream:  # the loaded header has lost these two
+            stored = image.header_class.from_fileobj(stream, check=False)
+            factors = float(stored["scl_slope"]), float(stored["scl_inter"])
     except Exception as error:  # a damaged file can make the parser raise anything
         raise _damaged(source, "NIfTI", error) from None
     if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image):
         raise VolumeReadError(f"{source}: is not a NIfTI volume")
     _check_type(source, dtype)
+    if any(math.isinf(factor) for factor in factors):
+        raise VolumeReadError(f"{source}: its header gives an infinite rescale (scl_slope or scl_inter)")
     size = os.path.getsize(source)
-    _check_promise(
-        source, shape, dtype.itemsize, size * MAXIMUM_DEFLATE if source[-3:].lower() == ".gz" else size - offset
-    )
-    return _from_nibabel(nibabel, image, source, time_index)
+    if source[-3:].lower() != ".gz":
+        _check_promise(source, shape, dtype.itemsize, size - offset)
+        return _from_nibabel(nibabel, image, source, time_index)
+    _check_promise(source, shape, dtype.itemsize, size * MAXIMUM_DEFLATE)
+    try:
+        with gzip.open(source) as stream:
+            holder = nibabel.fileholders.FileHolder(fileobj=stream)
+            volume = _from_nibabel(nibabel, type(image).from_file_map({"image": holder}), source, time_index)
+            while stream.read(1 << 20):  # to the end, where the checksum is compared
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(source, "NIfTI", error) from None
+    return volume
 
 
 def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None) -> Volume:
@@ -236,6 +254,7 @@ def _read_itk(source: str, time_index: int | None) -> Volume:
         raise VolumeReadError(
             f'{source}: reading it needs SimpleITK; install it with pip install "modeling_t3d[formats]"'
         ) from None
+    fields, held = read_text_header(source)
     shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     try:
@@ -247,8 +266,7 @@ def _read_itk(source: str, time_index: int | None) -> Volume:
         if reader.GetNumberOfComponents() != 1 or "complex" in kind:
             raise VolumeReadError(f"{source}: holds {kind}, not one number per voxel; convert it first")
         bits = next((bits for bits in (8, 16, 32, 64) if str(bits) in kind), 8)
-        fields, start = _text_header(source)
-        _check_promise(source, shape, bits // 8, _held_by_header(source, fields, start))
+        _check_promise(source, shape, bits // 8, held)
         time = _pick_time(source, shape, time_index)
         if dimension > 3:
             reader.SetExtractSize([*shape[:3], *[0] * (dimension - 3)])
@@ -271,37 +289,6 @@ def _read_itk(source: str, time_index: int | None) -> Volume:
     oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(fields)
     notes = () if oriented else ("the header gives no orientation: the axes are taken as left, posterior, superior",)
     return Volume(values, affine, source=source, warnings=notes)
-
-
-def _text_header(source: str) -> tuple[dict[str, str], int]:
-    """Fields of an NRRD or MetaImage text header (names in lower case without spaces) and where its data begins."""
-    with open(source, "rb") as stream:
-        head = stream.read(65536)
-    is_nrrd = head.startswith(b"NRRD")
-    fields: dict[str, str] = {}
-    start = 0
-    for line in head.split(b"\n"):
-        start += len(line) + 1
-        name, found, value = line.decode("latin-1").partition(":" if is_nrrd else "=")
-        name = "".join(name.lower().split())
-        if found:
-            fields.setdefault(name, value.strip())
-        if not line.strip() if is_nrrd else name == "elementdatafile":  # each format's last line
-            break
-    return fields, start
-
-
-def _held_by_header(source: str, fields: dict[str, str], start: int) -> int:
-    """The most bytes of voxels that the file, or the files that its text header names, can hold."""
-    data = fields.get("elementdatafile") or fields.get("datafile") or "LOCAL"
-    held = os.path.getsize(source) - start
-    if data.upper() != "LOCAL":
-        folder = os.path.dirname(os.path.abspath(source))
-        named = os.path.join(folder, data)
-        files = [named] if os.path.isfile(named) else [entry.path for entry in os.scandir(folder) if entry.is_file()]
-        held = sum(os.path.getsize(file) for file in files)
-    raw = fields.get("compresseddata", "false").lower() != "true" and fields.get("encoding", "raw").lower() == "raw"
-    return held if raw else held * MAXIMUM_DEFLATE
 
 
 def to_volume(
@@ -373,6 +360,8 @@ def write_nifti(volume: Volume, path: str | os.PathLike) -> None:
         raise VolumeError(f"{source}: a NIfTI file ends in .nii or .nii.gz")
     nibabel = _import_nibabel(source)
     array = volume.array
+    if max(array.shape) > np.iinfo(np.int16).max:
+        raise VolumeError(f"{source}: an axis of {max(array.shape)} voxels cannot be written; NIfTI holds up to 32767")
     if array.dtype not in (np.uint8, np.int16, np.int32, np.float32):
         array = rescale(array, 1.0, 0.0)
     temporary = None
