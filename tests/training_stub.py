@@ -1,0 +1,109 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""A model, data and a run small enough to be killed often; `python training_stub.py OUTPUT_DIR [name=value ...]`.
+
+The model has dropout and a learnt temperature, so that a run that loses its random state ends elsewhere.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from modeling_t3d.training.arguments import T3DTrainingArguments, from_mapping
+from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
+
+NUM_SAMPLES = 23
+
+
+class StubConfig(PreTrainedConfig):
+    model_type = "training_stub"
+    max_logit_scale: float = 20.0
+    dropout: float = 0.3
+
+
+@dataclass
+class StubOutput(ModelOutput):
+    loss: torch.Tensor | None = None
+    loss_part: torch.Tensor | None = None
+    embeds: torch.Tensor | None = None
+
+
+class StubModel(PreTrainedModel):
+    config: StubConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(config.dropout))
+        self.text_model = nn.Linear(4, 8)
+        self.projection = nn.Linear(8, 1)
+        self.logit_scale = nn.Parameter(torch.tensor(2.99))
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+
+    def forward(self, inputs, targets):
+        hidden_states = self.vision_model(inputs) * self.text_model(inputs)
+        # The scale is pushed up, against its clamp.
+        loss = (self.projection(hidden_states).squeeze(-1) - targets).square().mean() - 0.1 * self.logit_scale
+        return StubOutput(loss=loss, loss_part=loss * 2, embeds=hidden_states)
+
+
+class StubDataset(Dataset):
+    """Samples that depend on their key; `seen` holds the indices in the order in which they were asked for."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds
+        self.seen: list[int] = []
+
+    def __len__(self):
+        return NUM_SAMPLES
+
+    def __getitem__(self, key):
+        self.seen.append(key.index)
+        time.sleep(self.seconds)
+        generator = torch.Generator().manual_seed(key.epoch * 1000 + key.index)
+        return torch.randn(4, generator=generator), torch.tensor(float(key.index % 3))
+
+
+def collate(samples):
+    inputs, targets = zip(*samples, strict=True)
+    return {"inputs": torch.stack(inputs), "targets": torch.stack(targets)}
+
+
+def build_trainer(output_dir, *, seconds: float = 0.0, dropout: float = 0.3, evaluate=None, **settings) -> T3DTrainer:
+    """A trainer on the stub; `settings` are training arguments."""
+    defaults = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "vision_learning_rate": 1e-2,
+        "text_learning_rate": 1e-2,
+        "head_learning_rate": 1e-2,
+        "logging_steps": 3,
+        "save_steps": 4,
+        "trackers": [],
+        "use_cpu": True,
+    }
+    args = from_mapping(T3DTrainingArguments, {"output_dir": str(output_dir), **defaults, **settings})
+    torch.manual_seed(0)
+    model = StubModel(StubConfig(dropout=dropout))
+    return T3DTrainer(model, args, StubDataset(seconds), collate, evaluate=evaluate)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    settings = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in sys.argv[2:])}
+    resume = settings.pop("resume", False)
+    trainer = build_trainer(sys.argv[1], **settings)
+    result = trainer.train(resume=resume)
+    seen = Path(sys.argv[1]) / f"seen_{trainer.accelerator.process_index}.json"
+    seen.write_text(json.dumps(trainer.train_dataset.seen))
+    sys.exit(0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED)
