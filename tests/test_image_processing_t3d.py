@@ -14,6 +14,7 @@ import pytest
 import torch
 from body_phantom import body_array, orientations, rotation, upright_affine
 from testing_utils import shared_data
+from transformers import AutoImageProcessor
 
 import modeling_t3d.image_processing_t3d as image_processing
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError, VolumeIntensityError, aligned_positions
@@ -454,6 +455,12 @@ def test_settings_survive_saving(tmp_path):
     for key in output[0]:
         assert torch.equal(output[0][key], output[1][key])
     assert pickle.loads(pickle.dumps(first)).to_dict() == first.to_dict()
+    first.to_json_file(tmp_path / "settings.json")
+    assert T3DImageProcessor.from_json_file(tmp_path / "settings.json").to_dict() == first.to_dict()
+    found = AutoImageProcessor.from_pretrained(tmp_path)
+    assert isinstance(found, T3DImageProcessor)
+    assert found.to_dict() == first.to_dict()
+    assert T3DImageProcessor.from_pretrained(tmp_path, local_size=[4, 4, 4]).local_size == (4, 4, 4)
 
 
 def test_defaults_are_the_documented_contract():
