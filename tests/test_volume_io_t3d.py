@@ -13,12 +13,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from testing_utils import shared_data
 
 from modeling_t3d import volume_arithmetic_t3d, volume_io_t3d
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
 from modeling_t3d.volume_arithmetic_t3d import remove_shear, rescale
 from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume, write_nifti
-from tests.testing_utils import shared_data
 
 SimpleITK = pytest.importorskip("SimpleITK")
 
@@ -289,7 +289,7 @@ def mutated(content: bytes, generator: np.random.Generator) -> bytes:
 
 def fuzz(folder, scan, num_cases: int) -> tuple[int, int]:
     """Read mutated files of every format; anything but a Volume or a VolumeError propagates."""
-    from tests.dicom_writer import write_slice
+    from dicom_writer import write_slice
 
     write_image(folder / "a.nii", scan)
     write_image(folder / "b.nii.gz", scan)

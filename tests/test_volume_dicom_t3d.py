@@ -1,0 +1,347 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""DICOM series: order, spacing, rescale, which series, what is refused, and that no header text leaves the reader."""
+
+import logging
+import shutil
+import warnings
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_writer import SECRETS, multi_frame_elements, write_series, write_slice
+from testing_utils import shared_data
+
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
+
+pydicom = pytest.importorskip("pydicom")
+TILT = np.deg2rad(18.5)
+TURNED = [0.0, 1.0, 0.0, 0.0, 0.0, -1.0]
+
+
+@pytest.fixture
+def stored():
+    return np.random.default_rng(0).integers(0, 3000, (5, 6, 7)).astype(np.uint16)
+
+
+def refused(path, **options) -> str:
+    """The message of the refusal; it is one line, begins with the path and holds no header text."""
+    with pytest.raises(VolumeReadError) as caught:
+        read_volume(path, **options)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    assert not any(secret in message for secret in SECRETS)
+    return message
+
+
+def test_order_and_spacing_come_from_the_positions(tmp_path, stored):
+    write_series(tmp_path, stored)  # file names run downwards, SliceThickness says 9 mm
+    volume = read_volume(tmp_path)
+    assert volume.spacing == (2.0, 0.8, 0.7)
+    assert volume.array.dtype == np.int16
+    assert volume.modality == "CT"
+    np.testing.assert_array_equal(volume.array, stored.astype(int) - 1024)
+    # First pixel of the lowest slice at (-10, -20, 30) in LPS; columns go left, rows go posterior.
+    np.testing.assert_allclose(volume.affine @ [0, 0, 0, 1], [10, 20, 30, 1])
+    np.testing.assert_allclose(volume.affine @ [1, 2, 3, 1], [10 - 3 * 0.7, 20 - 2 * 0.8, 32, 1])
+    assert volume.axis_codes == "SPL"
+
+
+def test_positions_that_run_downwards_give_the_same_volume(tmp_path, stored):
+    write_series(tmp_path / "up", stored)
+    write_series(tmp_path / "down", stored[::-1], step=(0, 0, -2.0), origin=(-10, -20, 38))
+    up, down = read_volume(tmp_path / "up"), read_volume(tmp_path / "down")
+    np.testing.assert_array_equal(up.array, down.array)
+    np.testing.assert_array_equal(up.affine, down.affine)
+
+
+def test_rescale_is_applied_slice_by_slice(tmp_path, stored):
+    for index, slope in enumerate((1, 2, 0.5)):
+        write_slice(
+            tmp_path / f"{index}", stored[index], (0, 0, 3 * index), RescaleSlope=slope, RescaleIntercept=-index
+        )
+    volume = read_volume(tmp_path)
+    assert volume.array.dtype == np.float32
+    for index, slope in enumerate((1, 2, 0.5)):
+        np.testing.assert_array_equal(volume.array[index], stored[index] * np.float32(slope) - index)
+    signed = (stored.astype(np.int16) - 1000)[:2]
+    write_series(tmp_path / "signed", signed.astype(np.int16), RescaleIntercept=0)
+    np.testing.assert_array_equal(read_volume(tmp_path / "signed").array, signed)
+    write_series(
+        tmp_path / "wide", stored[:2] + np.array([0, 60000], dtype=np.uint16)[:, None, None], RescaleIntercept=0
+    )
+    wide = read_volume(tmp_path / "wide").array
+    assert wide.dtype == np.int32
+    np.testing.assert_array_equal(wide[1], stored[1].astype(int) + 60000)
+
+
+def test_empty_identifiers_and_headers_without_rescale(tmp_path, stored):
+    nothing = {"SeriesInstanceUID": "", "SOPClassUID": "", "PatientName": "", "SliceThickness": None}
+    write_series(tmp_path, stored, RescaleSlope=None, RescaleIntercept=None, **nothing)
+    np.testing.assert_array_equal(read_volume(tmp_path).array, stored)
+
+
+def test_multi_frame_objects(tmp_path, stored):
+    order = [3, 0, 4, 1, 2]
+    positions, slopes = [(0, 0, 2.5 * index) for index in order], [1, 2, 1, 1, 1]
+    elements = multi_frame_elements(5, positions, slopes)
+    write_slice(tmp_path / "frames.dcm", stored, (0, 0, 0), **elements)
+    volume = read_volume(tmp_path / "frames.dcm")
+    assert volume.spacing == (2.5, 0.8, 0.7)
+    for frame, (place, slope) in enumerate(zip(order, slopes, strict=True)):
+        np.testing.assert_array_equal(volume.array[place], stored[frame].astype(int) * slope - 1024)
+    elements["NumberOfFrames"] = 6
+    write_slice(tmp_path / "promise.dcm", stored, (0, 0, 0), **elements)
+    assert "describes 5 frames and promises 6" in refused(tmp_path / "promise.dcm")
+    write_slice(tmp_path / "plain.dcm", stored, (0, 0, 0), NumberOfFrames=5)
+    assert "without a position for each" in refused(tmp_path / "plain.dcm")
+
+
+def test_localisers_and_other_objects_are_left_out(tmp_path, stored):
+    write_series(tmp_path, stored)
+    write_slice(
+        tmp_path / "scout",
+        stored[0],
+        (0, 0, 0),
+        ImageOrientationPatient=TURNED,
+        ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+    )
+    write_slice(tmp_path / "plan", stored[0], (0, 0, 0), Modality="RTDOSE", SeriesInstanceUID="1.9")
+    write_slice(tmp_path / "capture", stored[0], (0, 0, 0), ImagePositionPatient=None, SeriesInstanceUID="1.8")
+    (tmp_path / "notes.txt").write_text("not DICOM")
+    volume = read_volume(tmp_path)
+    np.testing.assert_array_equal(volume.array, stored.astype(int) - 1024)
+    assert "1 localiser" in volume.warnings[0]
+    assert "3 file(s)" in volume.warnings[1]
+    assert "localisers only" in refused(tmp_path / "scout")
+    assert "no image with a position" in refused(tmp_path / "plan")
+
+
+def test_several_series_are_listed_without_names(tmp_path, stored):
+    write_series(tmp_path / "a", stored)
+    write_series(tmp_path / "b", stored[:3], SeriesInstanceUID="1.5", SeriesNumber=7)
+    write_series(tmp_path / "c", stored, step=(2.0, 0, 0), SeriesInstanceUID="1.6", ImageOrientationPatient=TURNED)
+    message = refused(tmp_path)
+    assert "holds 3 series" in message
+    assert "series=0: CT axial 7x6x5; series=1: CT axial 7x6x3; series=2: CT sagittal 7x6x5" in message
+    assert read_volume(tmp_path, series=1).shape == (3, 6, 7)
+    assert read_volume(tmp_path, series=2).axis_codes == "RIP"
+    for wrong in (3, -1, "1", True):
+        assert "is not one of its 3 series" in refused(tmp_path, series=wrong)
+    shutil.rmtree(tmp_path / "b")
+    volume = read_volume(tmp_path)  # the only axial CT
+    assert volume.axis_codes == "SPL"
+    assert "1 other series left out" in volume.warnings
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ([0, 5, 10, 20, 25], ("a slice is missing", "10.00 to 20.00 mm is 10.00 mm where 5.00 mm")),
+        ([0, 5, 5, 10, 15], ("two or more slices lie at 5.00 mm",)),
+        ([0, 5, 10, 16.5, 21], ("slice spacing varies", "6.50 mm where 5.00 mm")),
+        ([0, 0, 1, 1, 2], ("two or more slices lie at 0.00 mm",)),
+    ],
+)
+def test_uneven_positions_are_shown(tmp_path, stored, heights, expected):
+    for index, height in enumerate(heights):
+        write_slice(tmp_path / f"{index}", stored[index], (0, 0, height))
+    message = refused(tmp_path)
+    for part in (*expected, "positions: "):
+        assert part in message
+
+
+def test_positions_rounded_by_the_header_are_accepted(tmp_path, stored):
+    for index, height in enumerate([0.0, 0.63, 1.25, 1.88, 2.5]):
+        write_slice(tmp_path / f"{index}", stored[index], (0, 0, height))
+    assert read_volume(tmp_path).spacing[0] == 0.625
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        ({"ImageOrientationPatient": TURNED}, "mixed orientations (axial + sagittal)"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, np.cos(0.1), np.sin(0.1)]}, "mixed orientations (axial, turned"),
+        ({"PixelSpacing": [0.8, 0.8]}, "another size or pixel spacing"),
+        ({"ImagePositionPatient": [40, -20, 40]}, "do not lie on one line"),
+        ({"ImagePositionPatient": None}, "1 of 6 slices have no ImagePositionPatient"),
+        ({"ImageOrientationPatient": None}, "no ImageOrientationPatient"),
+        ({"PixelSpacing": None}, "1 of 6 slices have no PixelSpacing"),
+        ({"PixelSpacing": ["0.8", "nan"]}, "PixelSpacing is not 2 finite numbers"),
+        ({"PixelSpacing": ["0.8", "0"]}, "not believable"),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "perpendicular"),
+        ({"RescaleSlope": 0}, "RescaleSlope is 0"),
+        ({"SamplesPerPixel": 3}, "colour"),
+        ({"NumberOfFrames": 2_000_000_000}, "more than the file can hold"),
+        ({"PixelData": b"\0" * 20}, "truncated"),
+        ({"PixelData": None}, "truncated"),
+    ],
+)
+def test_wrong_headers_are_refused(tmp_path, stored, elements, expected):
+    write_series(tmp_path, stored[:, :6, :])
+    if "PixelSpacing" in elements and elements["PixelSpacing"] and elements["PixelSpacing"][1] == "0":
+        write_series(tmp_path, stored, **elements)
+    else:
+        position = elements.pop("ImagePositionPatient", [-10, -20, 40])
+        write_slice(tmp_path / "odd", stored[0], (0, 0, 0), ImagePositionPatient=position, **elements)
+    assert expected in refused(tmp_path)
+
+
+def test_one_slice_has_the_depth_of_its_thickness(tmp_path, stored):
+    write_slice(tmp_path / "one.dcm", stored[0], (0, 0, 0))
+    volume = read_volume(tmp_path / "one.dcm")
+    assert volume.spacing == (9.0, 0.8, 0.7)
+    assert "one slice" in volume.warnings[0]
+    write_slice(tmp_path / "thin.dcm", stored[0], (0, 0, 0), SliceThickness=None)
+    assert "extent is unknown" in refused(tmp_path / "thin.dcm")
+    assert "time_index= is for 4-D" in refused(tmp_path / "one.dcm", time_index=0)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tilted_gantry_is_resampled_to_where_the_voxels_are(tmp_path, turned):
+    """Slices tilted about x while the table moves along z: a ramp keeps its values in world coordinates."""
+    column = np.array([0, np.cos(TILT), -np.sin(TILT)])
+    rows, columns = np.meshgrid(np.arange(30), np.arange(7), indexing="ij")
+    step = np.array([0, 0, -2.5 if turned else 2.5])
+
+    def ramp(lps):
+        return 3000 + lps @ np.array([30.0, 40.0, -50.0])
+
+    for index in range(6):
+        pixels = index * step + columns[..., None] * [0.7, 0, 0] + rows[..., None] * 0.8 * column
+        elements = {"ImageOrientationPatient": [1.0, 0, 0, *column.tolist()], "RescaleIntercept": 0}
+        write_slice(tmp_path / f"{index}", np.rint(ramp(pixels)).astype(np.uint16), index * step, **elements)
+    volume = read_volume(tmp_path)
+    assert not volume.is_sheared
+    assert "18.5 degrees" in volume.warnings[-1]
+    assert volume.spacing[0] == pytest.approx(2.5 * np.cos(TILT), abs=1e-4)
+    assert volume.shape[0] == 6
+    index = np.argwhere(np.ones(volume.shape, dtype=bool))
+    lps = (index @ volume.affine[:3, :3].T + volume.affine[:3, 3]) * (-1, -1, 1)
+    error = np.abs(volume.array.ravel() - ramp(lps))
+    assert np.mean(error < 1.5) > 0.8  # the rest is the fill beside the tilted slices
+    assert volume.to_canonical().axis_codes == "SAR"
+
+
+def test_no_header_text_is_logged_warned_or_raised(tmp_path, stored, caplog, capfd):
+    number = "1234567890"  # written where a number is due, then overwritten with a name of the same length
+    assert len(number) == len(SECRETS[0])
+    fields = {
+        "weight.dcm": {"PatientWeight": number},
+        "frames.dcm": {"NumberOfFrames": number},
+        "position.dcm": {"ImagePositionPatient": [number, "1", "2"]},
+        "orientation.dcm": {"ImageOrientationPatient": [number, "0", "0", "0", "1", "0"]},
+        "spacing.dcm": {"PixelSpacing": [number, "1"]},
+        "slope.dcm": {"RescaleSlope": number},
+        "thickness.dcm": {"SliceThickness": number},
+        "series.dcm": {"SeriesNumber": number, "SeriesInstanceUID": ""},
+        "modality.dcm": {"Modality": number},
+    }
+    for name, elements in fields.items():
+        write_slice(tmp_path / name, stored[0], (0, 0, 0), **elements)
+        content = (tmp_path / name).read_bytes()
+        assert number.encode() in content
+        (tmp_path / name).write_bytes(content.replace(number.encode(), SECRETS[0].encode()))
+    caplog.clear()
+    caplog.set_level(logging.DEBUG)
+    capfd.readouterr()
+    shown = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in fields:
+            if name in ("weight.dcm", "modality.dcm", "series.dcm"):
+                volume = read_volume(tmp_path / name)
+                shown += [repr(volume.warnings), repr(volume.modality)]
+            else:
+                shown.append(refused(tmp_path / name))
+        content = (tmp_path / "weight.dcm").read_bytes()
+        for cut in range(140, len(content), 37):
+            (tmp_path / "cut.dcm").write_bytes(content[:cut])
+            shown.append(refused(tmp_path / "cut.dcm"))
+    shown += [record.getMessage() for record in caplog.records] + [str(one.message) for one in caught]
+    shown += list(capfd.readouterr())
+    assert not [text for text in shown if any(secret in text for secret in SECRETS)]
+
+
+def test_files_are_named_by_number_not_by_name(tmp_path, stored):
+    write_series(tmp_path, stored)
+    content = (tmp_path / "003").read_bytes()
+    (tmp_path / "003").unlink()
+    (tmp_path / "Doe^Secret").write_bytes(content[:-10])
+    assert f"{tmp_path} (file 5 of 5 in name order): the pixel data is truncated" in refused(tmp_path)
+
+
+def test_sample_compressed_series_agrees_with_its_labels():
+    volume = read_volume(shared_data("totalsegmentator_dicom_j2k/series"))
+    assert (volume.shape, volume.spacing) == ((20, 512, 512), (2.0, 0.9765625, 0.9765625))
+    assert (volume.array.min(), volume.array.max()) == (-1024, 1839)
+    labels = read_volume(shared_data("totalsegmentator_dicom_j2k/labels_117.nii.gz")).to_canonical()
+    canonical = volume.to_canonical()
+    np.testing.assert_allclose(canonical.affine, labels.affine, atol=1e-3)
+    assert canonical.array[labels.array == 5].mean() == pytest.approx(89, abs=1)  # liver
+    assert canonical.array[labels.array == 52].mean() == pytest.approx(177, abs=1)  # aorta
+
+
+def test_sample_transfer_syntaxes_are_one_image():
+    files = sorted(shared_data("transfer_syntaxes").iterdir())
+    volumes = [read_volume(file) for file in files]
+    assert len(volumes) == 6
+    for volume in volumes:
+        np.testing.assert_array_equal(volume.array, volumes[0].array)
+        assert (volume.array.min(), volume.array.max()) == (-3024, 1378)
+    assert "two or more slices lie at 4.70 mm" in refused(shared_data("transfer_syntaxes"))
+
+
+@pytest.mark.parametrize("name", ["jpeg2000_lossless", "jpegls_lossless", "jpeg_lossless_sv1", "rle", "explicit_le"])
+def test_truncated_pixel_data_is_refused(tmp_path, name):
+    content = shared_data(f"transfer_syntaxes/{name}.dcm").read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        (tmp_path / "cut.dcm").write_bytes(content[: int(len(content) * share)])
+        assert "truncated" in refused(tmp_path / "cut.dcm")
+
+
+def test_sample_multi_frame_agrees_with_its_slices():
+    slices = read_volume(shared_data("dcmqi_ct_seg/tiny_23x38x3/image"))
+    frames = read_volume(shared_data("dcmqi_ct_seg/tiny_23x38x3/multiframe/mf.dcm"))
+    np.testing.assert_array_equal(slices.array, frames.array)
+    np.testing.assert_allclose(slices.affine, frames.affine)
+    label = read_volume(shared_data("dcmqi_ct_seg/tiny_23x38x3/label.nrrd"))
+    np.testing.assert_allclose(label.to_canonical().affine, slices.to_canonical().affine, atol=1e-4)
+
+
+def test_sample_gantry_tilt_and_missing_slice(tmp_path):
+    for file in shared_data("gantry_tilt_phantom").glob("I2*"):
+        shutil.copy(file, tmp_path)
+    volume = read_volume(tmp_path)
+    assert volume.shape == (5, 519, 512)
+    assert volume.spacing == pytest.approx((2.5 * np.cos(TILT), 0.482421875, 0.482421875), abs=1e-3)
+    assert (volume.array.min(), volume.array.max()) == (-1024, 777)
+    message = refused(shared_data("missing_slice_dicom"))
+    assert "28.11 to 38.11 mm is 10.00 mm where 5.00 mm is usual" in message
+
+
+@pytest.mark.parametrize("name", ["no_meta", "meta_missing_tsyntax", "MR_truncated", "badVR"])
+def test_sample_broken_files(name):
+    refused(shared_data(f"broken/{name}.dcm"))
+
+
+def test_sample_broken_folder_and_valid_slice():
+    assert read_volume(shared_data("broken/CT_small.dcm")).array.max() == 1167
+    assert "without the file preamble" in refused(shared_data("broken"))
+    assert "no image with a position" in refused(shared_data("dcmqi_ct_seg/liver.dcm"))
+
+
+def test_agrees_with_simple_itk(tmp_path, stored):
+    """An oblique series against another reader's geometry."""
+    simple_itk = pytest.importorskip("SimpleITK")
+    row, column = np.array([np.cos(0.3), np.sin(0.3), 0]), np.array([-np.sin(0.3), np.cos(0.3), 0])
+    write_series(tmp_path, stored, ImageOrientationPatient=[*row.tolist(), *column.tolist()])
+    names = simple_itk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path))
+    image = simple_itk.ReadImage(names)
+    volume = read_volume(tmp_path)
+    np.testing.assert_array_equal(volume.array, simple_itk.GetArrayFromImage(image))
+    for index in ((0, 0, 0), (4, 5, 6), (2, 1, 3)):
+        lps = image.TransformIndexToPhysicalPoint([int(i) for i in index[::-1]])
+        np.testing.assert_allclose(volume.affine @ [*index, 1], [-lps[0], -lps[1], lps[2], 1], atol=1e-4)
+    assert volume.axis_codes == "".join(nibabel.aff2axcodes(volume.affine))
