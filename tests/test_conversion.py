@@ -270,7 +270,7 @@ class Payload:
 
 
 @pytest.mark.parametrize(
-    "writer", [lambda obj, path: torch.save(obj, path), lambda o, p: p.write_bytes(pickle.dumps(o))]
+    "writer", [lambda obj, path: torch.save(obj, path), lambda o, p: p.write_bytes(pickle.dumps(o, protocol=2))]
 )
 def test_a_pickle_with_code_is_refused_and_not_run(writer, tmp_path):
     checkpoint, trace = tmp_path / "weights.pth", tmp_path / "trace"
