@@ -131,6 +131,7 @@ class T3DVisionConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     feature_layers: list[int] | tuple[int, ...] | None = None
     encoder_options: dict | None = None
+    classifier_dropout: float | int = 0.3
     provenance: dict | None = None
     initializer_range: float = 0.02
 
