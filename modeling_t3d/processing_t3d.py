@@ -111,9 +111,11 @@ class T3DProcessor(ProcessorMixin):
         self.absent_template = absent_template
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Writes the image processor's and this processor's settings, the tokenizer and the code; see Transformers."""
-        saved = super().save_pretrained(save_directory, **kwargs)
+        saved = super().save_pretrained(save_directory, push_to_hub, **kwargs)
         # Saving leaves the code map behind as an attribute, though it describes the folder and not this object.
         self.__dict__.pop("auto_map", None)
         return saved
