@@ -1,0 +1,264 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Prepared volumes are cached by content, views and texts depend on their key alone, failures name the file."""
+
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from modeling_t3d.data.cache import PreparedVolumeCache, content_hash
+from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset, sample_sentences, stable_id
+from modeling_t3d.data.manifest import ManifestRow, split_sentences
+from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
+from modeling_t3d.geometry_t3d import VolumeError
+from modeling_t3d.image_processing_t3d import T3DImageProcessor
+from modeling_t3d.processing_t3d import T3DProcessor
+
+REPORTS = [
+    "The heart is of normal size. No effusion. A nodule of 8 mm in the left lung.",
+    "No focal lesion in the liver. The spleen is normal. The aorta is calcified.",
+    "The HEART is of normal size.  No effusion. A nodule of 8 mm in the left lung.",
+]
+SIZES = {"spacing": (6, 6, 6), "global_size": (12, 12, 12), "local_size": (6, 6, 6), "num_local_views": 2}
+
+
+def write_scan(path: Path, seed: int) -> None:
+    """A noisy block of soft tissue in air."""
+    generator = np.random.default_rng(seed)
+    scan = np.full((50, 44, 40), -1000, dtype=np.int16)
+    scan[8:42, 8:36] = 40 + generator.integers(-30, 30, (34, 28, 40))
+    nibabel.save(nibabel.Nifti1Image(scan, np.diag([6.0, 6.0, 6.0, 1.0])), path)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    for number in range(3):
+        write_scan(folder / f"{number}.nii.gz", number)
+    return folder
+
+
+def rows_of(folder: Path) -> list[ManifestRow]:
+    paths = sorted(folder.glob("*.nii.gz"))
+    return [
+        ManifestRow(number, path, report, f"p{number}", f"s{min(number, 2)}")
+        for number, (path, report) in enumerate(zip(paths, REPORTS, strict=False), start=1)
+    ]
+
+
+def build(folder: Path, cache_dir=None, **settings) -> PretrainingDataset:
+    processor_settings = {key: settings.pop(key) for key in list(settings) if key in ("view_sampling", "spacing")}
+    return PretrainingDataset(
+        rows_of(folder), T3DImageProcessor(**{**SIZES, **processor_settings}), cache_dir, **settings
+    )
+
+
+def collator_of(dataset: PretrainingDataset, **settings) -> PretrainingCollator:
+    return PretrainingCollator(
+        T3DProcessor(dataset.image_processor, train_phantom_tokenizer(REPORTS, 120)), **settings
+    )
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def entries(cache_dir: Path) -> list[str]:
+    return sorted(path.name for path in cache_dir.glob("*.check"))
+
+
+def test_cached_volumes_are_the_prepared_ones(scans, tmp_path, monkeypatch):
+    dataset = build(scans, tmp_path)
+    direct = build(scans)
+    for index in range(3):
+        assert np.array_equal(dataset.prepared(index).array, direct.prepared(index).array)
+    again = build(scans, tmp_path)
+    monkeypatch.setattr(again.image_processor, "prepare", None)
+    for index in range(3):
+        cached = again.prepared(index)
+        assert np.array_equal(cached.array, direct.prepared(index).array)
+        assert np.array_equal(cached.affine, direct.prepared(index).affine)
+        assert cached.source == str(again.rows[index].volume)
+
+
+def test_the_key_is_the_content_and_the_preparation(scans, tmp_path):
+    folder, cache_dir = tmp_path / "scans", tmp_path / "cache"
+    shutil.copytree(scans, folder)
+    first = build(folder, cache_dir).prepared(0).array.copy()
+    assert len(entries(cache_dir)) == 1
+    build(folder, cache_dir, view_sampling="aligned").prepared(0)
+    assert len(entries(cache_dir)) == 1, "how views are cut does not change what is prepared"
+    (folder / "0.nii.gz").rename(folder / "a.nii.gz")
+    assert np.array_equal(build(folder, cache_dir).prepared(2).array, first)
+    assert len(entries(cache_dir)) == 1, "the same scan under another name"
+    write_scan(folder / "a.nii.gz", 7)
+    assert not np.array_equal(build(folder, cache_dir).prepared(2).array, first), "another scan under the same name"
+    build(folder, cache_dir, spacing=(9, 9, 9)).prepared(2)
+    assert len(entries(cache_dir)) == 3
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json", ".check"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "foreign"])
+def test_a_damaged_or_foreign_entry_is_prepared_again(scans, tmp_path, caplog, suffix, damage):
+    dataset = build(scans, tmp_path)
+    expected = dataset.prepared(0).array.copy()
+    dataset.prepared(1)
+    key = dataset.cache.key(dataset.rows[0].volume)
+    path = tmp_path / f"{key}{suffix}"
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "foreign":
+        shutil.copy(tmp_path / f"{dataset.cache.key(dataset.rows[1].volume)}{suffix}", path)
+    else:
+        path.write_bytes(content[:-3] if damage == "cut" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    again = build(scans, tmp_path)
+    assert np.array_equal(again.prepared(0).array, expected)
+    silent = suffix == ".check" and damage == "remove"  # not yet complete, as far as anyone can tell
+    assert ("is damaged or not ours; it is prepared again" in caplog.text) != silent
+    assert path.read_bytes() == content, "the entry is whole again"
+
+
+def test_content_of_a_folder(tmp_path):
+    for name, content in (("a", "1"), ("b", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "slice").write_text(content)
+    assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+    (tmp_path / "b" / "slice").write_text("1")
+    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
+    (tmp_path / "b" / "slice").rename(tmp_path / "b" / "other")
+    assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+    cache = PreparedVolumeCache(tmp_path / "cache", {})
+    assert cache.key(tmp_path / "a") == cache.key(tmp_path / "a")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_prepare_all_fills_the_cache(scans, tmp_path, num_workers):
+    state = torch.get_rng_state()
+    dataset = build(scans, tmp_path)
+    dataset.prepare_all(num_workers, rank=0, num_processes=2)
+    assert len(entries(tmp_path)) == 2
+    dataset.prepare_all(num_workers, rank=1, num_processes=2)
+    assert len(entries(tmp_path)) == 3
+    assert torch.equal(torch.get_rng_state(), state), "preparation draws nothing from the global generator"
+    with pytest.raises(ValueError, match="give the data set a cache_dir"):
+        build(scans).prepare_all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_volume_that_cannot_be_read_is_named(scans, tmp_path, num_workers):
+    shutil.copytree(scans, tmp_path / "scans")
+    broken = tmp_path / "scans" / "1.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:500])
+    dataset = build(tmp_path / "scans", tmp_path / "cache")
+    with pytest.raises(VolumeError, match=r"1\.nii\.gz"):
+        dataset.prepare_all(num_workers)
+    with pytest.raises(VolumeError, match=r"1\.nii\.gz"):
+        dataset[1]
+    broken.unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.nii\.gz: the volume of row 2 has vanished"):
+        dataset[1]
+
+
+def test_rows_without_report_are_refused(scans):
+    row = ManifestRow(4, scans / "0.nii.gz", "", "p", "s")
+    with pytest.raises(ValueError, match="row 4 of the manifest has no report"):
+        PretrainingDataset([row], T3DImageProcessor(**SIZES))
+
+
+# ---------------------------------------------------------------------------------------------- samples and batches
+
+
+@pytest.mark.parametrize("view_sampling", ["independent", "overlapping", "aligned"])
+def test_views_depend_on_their_key_alone(scans, tmp_path, view_sampling):
+    dataset = build(scans, tmp_path, view_sampling=view_sampling)
+    collate = collator_of(dataset)
+
+    def batch(epoch, number, *indices):
+        return collate([dataset[(epoch, number, index)] for index in indices])
+
+    state = torch.get_rng_state()
+    first = batch(1, 0, 0, 1)
+    np.random.rand(5)
+    batch(2, 1, 2, 0)
+    again = batch(1, 0, 0, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    assert not torch.equal(batch(2, 0, 0, 1)["local_positions"], first["local_positions"])
+    swapped = batch(1, 0, 1, 0)
+    assert torch.equal(swapped["local_pixel_values"].flip(0), first["local_pixel_values"])
+    other_seed = collate([build(scans, tmp_path, view_sampling=view_sampling, seed=1)[(1, 0, 0)]])
+    assert not torch.equal(other_seed["local_positions"][0], first["local_positions"][0])
+
+
+def test_aligned_batches_share_their_places(scans, tmp_path):
+    dataset = build(scans, tmp_path, view_sampling="aligned")
+    collate = collator_of(dataset)
+
+    def positions(*keys):
+        return collate([dataset[key] for key in keys])["local_positions"][..., :3]
+
+    shared = positions((0, 3, 0), (0, 3, 1))
+    # Jitter of each view and the rounding to voxels remain.
+    assert (shared[0] - shared[1]).abs().max() < 0.2
+    assert torch.equal(positions((0, 3, 1))[0], shared[1]), "another process's share of the batch has the same places"
+    assert (positions((0, 4, 1))[0] - shared[1]).abs().max() > 0.2
+
+
+def test_a_batch_is_what_the_model_takes(scans):
+    dataset = build(scans)
+    batch = collator_of(dataset)([dataset[index] for index in range(3)])
+    assert batch["pixel_values"].shape == (3, 1, 12, 12, 12)
+    assert batch["local_pixel_values"].shape == (3, 2, 1, 6, 6, 6)
+    assert batch["local_mask"].tolist() == [[True, True]] * 3
+    assert batch["local_positions"].shape == (3, 2, 6)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["study_ids"].dtype == batch["report_ids"].dtype == torch.int64
+    assert batch["study_ids"].tolist()[1] == batch["study_ids"].tolist()[2] != batch["study_ids"].tolist()[0]
+    assert batch["report_ids"].tolist()[0] == batch["report_ids"].tolist()[2], "case and white space aside"
+    assert min(batch["study_ids"].tolist() + batch["report_ids"].tolist()) >= 0
+    without = collator_of(dataset, num_local_views=0)([dataset[0]])
+    assert not any(name.startswith("local") for name in without)
+
+
+def test_ids_are_stable():
+    assert stable_id("No effusion.") == stable_id(" no  EFFUSION.\n") == 885827686028336322
+    assert stable_id("a") != stable_id("b")
+
+
+def test_long_reports_are_cut_and_counted(scans):
+    dataset = build(scans)
+    collate = collator_of(dataset, max_report_tokens=9)
+    assert collate([dataset[0]])["input_ids"].shape == (1, 9)
+    assert collate.count_truncated([*REPORTS, "No effusion."]) == 3
+    assert collator_of(dataset).count_truncated(REPORTS) == 0
+
+
+def test_sentences_are_sampled_per_epoch(scans, tmp_path):
+    dataset = build(scans, tmp_path, text_sampling="sentences")
+    sentences = split_sentences(REPORTS[0])
+    texts = [dataset[(epoch, 0, 0)].text for epoch in range(60)]
+    assert texts == [dataset[(epoch, 5, 0)].text for epoch in range(60)]
+    for text in texts:
+        places = [sentences.index(sentence) for sentence in split_sentences(text)]
+        assert places
+        assert places == sorted(set(places))
+    counts = [len(split_sentences(text)) for text in texts]
+    assert min(counts.count(size) for size in (1, 2, 3)) > 8
+    assert {sentence for text in texts for sentence in split_sentences(text)} == set(sentences)
+    assert sample_sentences("One sentence only", (0,)) == "One sentence only"
+    identical = [(dataset[(epoch, 0, 0)].report_id, dataset[(epoch, 0, 2)].report_id) for epoch in range(20)]
+    assert all(one == other for one, other in identical), "identical reports stay identical"
+    with pytest.raises(ValueError, match="text_sampling must be 'report' or 'sentences', got 'words'"):
+        build(scans, text_sampling="words")
+
+
+def test_fingerprint_changes_with_the_data(scans):
+    dataset, other = build(scans), build(scans)
+    assert dataset.fingerprint == other.fingerprint
+    other.rows = other.rows[:2]
+    assert dataset.fingerprint != other.fingerprint

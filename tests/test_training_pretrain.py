@@ -1,0 +1,162 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The pre-training script from manifest to a folder that reloads: on a few phantoms, and on real CTs."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from testing_utils import shared_data
+from transformers import AutoModelForPreTraining, AutoProcessor, BertConfig, BertModel
+
+from modeling_t3d import T3DConfig, T3DModel, T3DVisionModel
+from modeling_t3d.data.phantom_files import write_phantoms
+from modeling_t3d.data.phantom_studies import phantom_seeds
+from modeling_t3d.training.arguments import load_configuration
+
+ROOT = Path(__file__).resolve().parents[1]
+CTS = (
+    "totalsegmentator_abdomen/ct.nii.gz",
+    "totalsegmentator_abdomen/ct_small.nii.gz",
+    "lidc_idri_0314_chest/ct_4mm.nii.gz",
+    "metaimage/lidc_idri_0003_slab.mha",
+    "totalsegmentator_dicom_j2k/series",
+)
+VISION = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_norm_groups": 4, "stem_stride": 2}
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "examples" / "pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    seeds = [*phantom_seeds("train", 6), *phantom_seeds("validation", 3)]
+    return write_phantoms(folder, seeds, compress=False, resolution=8.0)
+
+
+def settings_for(manifest: Path, output_dir: Path, *overrides: str):
+    """The quickstart's settings, made tiny."""
+    return load_configuration(
+        ROOT / "examples" / "configs" / "quickstart.yaml",
+        [
+            f"data.manifest={manifest}",
+            "data.num_preparation_workers=0",
+            "image_processor={spacing: [8, 8, 8], global_size: [16, 16, 16], local_size: [8, 8, 8],"
+            " num_local_views: 2}",
+            f"model.overrides={json.dumps({'vision_config': VISION})}",
+            f"training.output_dir={output_dir}",
+            "training.per_device_train_batch_size=2",
+            "training.max_steps=3",
+            "training.save_steps=2",
+            "training.use_cpu=true",
+            *overrides,
+        ],
+    )
+
+
+def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
+    settings = settings_for(
+        phantoms, tmp_path / "run", "data.validation_split=validation", "data.text_sampling=sentences"
+    )
+    assert pretrain.train(settings, resume=False) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "loss_gca", "loss_tma", "num_valid_anchors", "num_skipped_pairs"} < log[0].keys()
+    assert log[-1]["kind"] == "validation"
+    assert 0 <= log[-1]["macro_auroc"] <= 1
+    folder = tmp_path / "run" / "model"
+    config = T3DConfig.from_pretrained(folder)
+    assert config.provenance["training_data"] == ["phantoms: synthetic thorax-abdomen CT phantoms"]
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    for text in (
+        "license: apache-2.0",
+        "synthetic-data",
+        "Trained on synthetic phantoms alone",
+        "Not a medical device",
+    ):
+        assert text in card
+    for text in (
+        "split 'train': 6 volumes",
+        "0 of 6 training reports",
+        "8 x 8 x 8 mm",
+        "| macro_auroc |",
+        "from scratch",
+    ):
+        assert text in card
+    assert "{{" not in card
+    assert str(tmp_path) not in card
+    assert str(phantoms.parent) not in card
+
+
+def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path):
+    config = T3DConfig.from_preset("tiny", vision_config=VISION)
+    T3DVisionModel(config.vision_config).save_pretrained(tmp_path / "vision")
+    first = settings_for(phantoms, tmp_path / "first", "training.max_steps=1")
+    assert pretrain.train(first, resume=False) == 0
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "first" / "model").tokenizer
+    text = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+    )
+    text.save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    settings = settings_for(
+        phantoms,
+        tmp_path / "run",
+        f"model.vision_model_name_or_path={tmp_path / 'vision'}",
+        f"model.text_model_name_or_path={tmp_path / 'text'}",
+        "model.overrides={num_frozen_text_layers: 1, projection_dim: 16, num_tma_heads: 2, num_fusion_heads: 2}",
+        "training.max_steps=1",
+    )
+    assert pretrain.train(settings, resume=False) == 0
+    trained = T3DModel.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.projection_dim == 16
+    weights = dict(text.named_parameters())
+    assert torch.equal(
+        trained.text_model.encoder.layer[0].output.dense.weight, weights["encoder.layer.0.output.dense.weight"]
+    )
+    moved = trained.text_model.encoder.layer[1].output.dense.weight - weights["encoder.layer.1.output.dense.weight"]
+    assert 0 < moved.abs().max() < 0.01
+    assert "| start | vision, text |" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
+    volumes = [shared_data(name) for name in CTS]
+    reports = sorted(shared_data("reports").glob("*.txt"))[: len(volumes)]
+    manifest = tmp_path / "manifest.csv"
+    with manifest.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["volume", "report", "patient_id", "study_id"])
+        for number, (volume, report) in enumerate(zip(volumes, reports, strict=True)):
+            writer.writerow([volume, report.read_text(), f"p{number}", f"s{number}"])
+    overrides = ("data.synthetic=false", "data.license=null", "data.name=sample scans")
+    settings = settings_for(manifest, tmp_path / "run", *overrides)
+    assert pretrain.train(settings, resume=False) == 0
+    settings = settings_for(manifest, tmp_path / "run", *overrides, "training.max_steps=5")
+    assert pretrain.train(settings, resume=True) == 0
+    folder = tmp_path / "run" / "model"
+    model, processor = AutoModelForPreTraining.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=[str(volume) for volume in volumes[:2]], text=["No effusion.", "A nodule."], views=2, seed=0
+    )
+    with torch.no_grad():
+        output = model(**inputs)
+    assert torch.isfinite(output.loss)
+    assert output.image_embeds.shape == (2, 64)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 5
+    card = (folder / "README.md").read_text()
+    assert "license: other" in card
+    assert "synthetic" not in card
