@@ -71,13 +71,13 @@ def model() -> T3DForPreTraining:
 def test_measurement_on_an_untrained_model_is_undefined_and_changes_nothing(model):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = measure_leak(model, batch_of(), num_shuffles=2)
+    report = measure_leak(model, [batch_of()], num_shuffles=2)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert report.num_candidates == pytest.approx(4 * 3 - 1)
     assert report.loss == pytest.approx(math.log(11), abs=0.5)
     assert report.num_shuffles == 2
-    assert report == measure_leak(model, batch_of(), num_shuffles=2)
+    assert report == measure_leak(model, [batch_of()], num_shuffles=2)
 
 
 def test_views_of_one_volume_that_agree_are_no_leak(model, monkeypatch):
@@ -87,7 +87,7 @@ def test_views_of_one_volume_that_agree_are_no_leak(model, monkeypatch):
     batch["local_pixel_values"] = marks.expand(-1, 3, -1, -1, -1, -1).clone()
     # A low temperature stands in for training: the untrained vectors differ by little.
     monkeypatch.setattr(model.config, "tma_temperature", 0.001)
-    report = measure_leak(model, batch, num_shuffles=3)
+    report = measure_leak(model, [batch], num_shuffles=3)
     assert report.loss < math.log(17) - 0.05 < report.loss_shuffled
     assert report.leak == pytest.approx((math.log(17) - report.loss_shuffled) / (math.log(17) - report.loss), abs=1e-4)
     assert f"leak {report.leak:.3f}" in report.describe()
@@ -95,13 +95,23 @@ def test_views_of_one_volume_that_agree_are_no_leak(model, monkeypatch):
 
 def test_refusal_of_a_batch_without_two_pairs(model):
     with pytest.raises(ValueError, match="at least two pairs"):
-        measure_leak(model, {name: value[:1] for name, value in batch_of().items()})
+        measure_leak(model, [{name: value[:1] for name, value in batch_of().items()}])
     with pytest.raises(ValueError, match="local_pixel_values"):
-        measure_leak(model, {"input_ids": torch.ones(2, 3)})
+        measure_leak(model, [{"input_ids": torch.ones(2, 3)}])
+    with pytest.raises(ValueError, match="at least one batch"):
+        measure_leak(model, [])
+
+
+def test_losses_are_averaged_over_batches(model):
+    small, large = batch_of(num_pairs=2), batch_of(num_pairs=4)
+    alone = [measure_leak(model, [batch]) for batch in (small, large)]
+    both = measure_leak(model, iter([small, large]))
+    assert both.loss == pytest.approx((alone[0].loss + alone[1].loss) / 2)
+    assert math.log(both.num_candidates) == pytest.approx((math.log(5) + math.log(11)) / 2)
 
 
 def test_description_says_undefined(model):
-    report = measure_leak(model, batch_of())
+    report = measure_leak(model, [batch_of()])
     described = report.describe()
     assert ("undefined" in described) == (report.leak is None)
     assert "chance ln n = 2.398" in described

@@ -43,13 +43,15 @@ def test_agrees_with_scikit_learn(inverse_penalty):
 def test_constant_features_and_single_class_findings_do_no_harm():
     features, labels = linear_case()
     extended = np.concatenate([features, np.full((len(features), 1), 0.1)], axis=1)
-    one_class = np.concatenate([labels, np.zeros((len(labels), 1))], axis=1)
+    unknown = np.full((len(labels), 1), np.nan)
+    one_class = np.concatenate([labels, np.zeros((len(labels), 1)), unknown], axis=1)
     probe = fit_linear_probe(extended, one_class)
     np.testing.assert_allclose(probe.weight[-1], 0.0, atol=1e-12)
     np.testing.assert_allclose(
         probe.predict(extended)[:, :3], fit_linear_probe(features, labels).predict(features), atol=1e-4
     )
-    assert np.isfinite(probe.bias).all()
+    assert (probe.predict(extended)[:, 3] < 1e-6).all()
+    np.testing.assert_array_equal(probe.predict(extended)[:, 4], 0.5)
 
 
 def test_unknown_labels_are_left_out_of_the_fit():

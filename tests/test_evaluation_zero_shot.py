@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_t3d.configuration_t3d import T3DConfig
 from modeling_t3d.evaluation.encoding import embed_samples, encode_prompts, encode_reports, stack_samples
+from modeling_t3d.evaluation.findings import mean_over_studies
 from modeling_t3d.evaluation.localisation import boxes_from_affines, evaluate_localisation, localisation_case
 from modeling_t3d.evaluation.probes import study_identity
 from modeling_t3d.evaluation.statistics import area_under_roc
@@ -20,7 +21,6 @@ from modeling_t3d.evaluation.zero_shot import (
     evaluate_zero_shot,
     logit_scale_of,
     make_prompts,
-    mean_over_studies,
     mean_prompt_embeds,
     softmax_scores,
     zero_shot_scores,

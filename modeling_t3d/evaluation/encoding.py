@@ -171,7 +171,7 @@ def evaluation_samples(
         yield sample
 
 
-def _batches(samples: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
+def batches_of(samples: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[list[Mapping[str, Any]]]:
     """Lists of at most `batch_size` samples, in order, drawn lazily."""
     batch: list[Mapping[str, Any]] = []
     for sample in samples:
@@ -222,7 +222,7 @@ def _pad_views(parts: Sequence[torch.Tensor]) -> np.ndarray:
     return torch.cat(padded).numpy()
 
 
-def _label_row(labels: Mapping[str, Any], findings: Sequence[str]) -> list[float]:
+def label_row(labels: Mapping[str, Any], findings: Sequence[str]) -> list[float]:
     """Labels in the order of the findings; absent or None is unknown (nan)."""
     values = (labels.get(finding) for finding in findings)
     return [float("nan") if value is None else float(value) for value in values]
@@ -258,7 +258,7 @@ def embed_samples(
     uses_local = model.config.view_fusion != "global"
     embeds, features, masks, rows = [], [], [], []
     with evaluation_mode(model):
-        for batch in _batches(samples, batch_size):
+        for batch in batches_of(samples, batch_size):
             inputs = {name: value.to(model.device) for name, value in stack_samples(batch).items()}
             if not (uses_local or with_view_features):
                 inputs = {name: value for name, value in inputs.items() if name not in LOCAL_INPUTS}
@@ -275,7 +275,7 @@ def embed_samples(
     reports = tuple(row["report"] or "" for row in rows)
     embeddings = Embeddings(
         image_embeds=torch.cat(embeds).numpy(),
-        labels=np.array([_label_row(row["labels"] or {}, findings) for row in rows]).reshape(len(rows), len(findings)),
+        labels=np.array([label_row(row["labels"] or {}, findings) for row in rows]).reshape(len(rows), len(findings)),
         findings=tuple(findings),
         patient_ids=tuple(str(row["patient_id"]) for row in rows),
         study_ids=tuple(str(row["study_id"]) for row in rows),
@@ -294,11 +294,13 @@ def embed_samples(
 
 __all__ = [
     "Embeddings",
+    "batches_of",
     "embed_samples",
     "encode_prompts",
     "encode_reports",
     "evaluation_mode",
     "evaluation_samples",
+    "label_row",
     "stack_samples",
     "token_limit",
 ]

@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""The per-finding table: AUROC with patient-level interval, prevalence, F1 at given thresholds, and means over groups.
+"""The per-finding table: AUROC with patient-level interval, prevalence, F1 at given thresholds, means over groups.
 
 Serves zero-shot scores, linear probes, the shortcut baseline and supervised classifiers alike.
 """
@@ -22,6 +22,7 @@ from .statistics import (
 
 # Thresholds that the published protocol of CT-CLIP tries, evenly from 0 to 1.
 NUM_CT_CLIP_STEPS = 100
+UNITS = ("study", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,59 @@ class FindingsTable:
             if row.finding == name:
                 return row.auroc.value
         raise KeyError(f"no finding or group {name!r}; the groups are {', '.join(self.groups)}")
+
+
+def mean_over_studies(
+    values: np.ndarray, labels: np.ndarray, study_ids: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scan level: mean score over the reconstructions of each study.
+
+    Args:
+        values (`np.ndarray` of shape `(N, K)`): scores per volume.
+        labels (`np.ndarray` of shape `(N, K)`): 0, 1 or nan; known labels of one study must agree.
+        study_ids: per volume.
+
+    Returns:
+        scores and labels of shape `(num_studies, K)`, and the row of each study's first volume `(num_studies,)`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_t3d.evaluation.findings import mean_over_studies
+    >>> scores, labels, first = mean_over_studies(np.array([[0.25], [0.75], [1.0]]), np.ones((3, 1)), ["a", "a", "b"])
+    >>> scores.ravel().tolist(), first.tolist()
+    ([0.5, 1.0], [0, 2])
+
+    ```
+    """
+    numbers: dict[str, int] = {}
+    owner = np.array([numbers.setdefault(study, len(numbers)) for study in study_ids])
+    _, first = np.unique(owner, return_index=True)
+    sums = np.zeros((len(numbers), values.shape[1]))
+    np.add.at(sums, owner, values)
+    highest, lowest = np.full(sums.shape, -np.inf), np.full(sums.shape, np.inf)
+    np.maximum.at(highest, owner, np.where(np.isnan(labels), -np.inf, labels))
+    np.minimum.at(lowest, owner, np.where(np.isnan(labels), np.inf, labels))
+    if (highest > lowest).any():
+        row, column = np.argwhere(highest > lowest)[0]
+        raise ValueError(
+            f"reconstructions of study number {row + 1} disagree about finding number {column + 1}: labels belong to "
+            'studies; correct them or evaluate with unit="reconstruction"'
+        )
+    return sums / np.bincount(owner)[:, None], np.where(np.isinf(highest), np.nan, highest), first
+
+
+def to_units(
+    scores: np.ndarray, labels: np.ndarray, study_ids: Sequence[str], patient_ids: Sequence[Hashable], unit: str
+) -> tuple[np.ndarray, np.ndarray, list[Hashable]]:
+    """Scores, labels and patient ids per study (means over reconstructions) or, unchanged, per reconstruction."""
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
+    if unit == "reconstruction":
+        return scores, labels, list(patient_ids)
+    scores, labels, first = mean_over_studies(scores, labels, study_ids)
+    return scores, labels, [patient_ids[row] for row in first]
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -282,6 +336,8 @@ __all__ = [
     "ThresholdMetrics",
     "choose_threshold",
     "choose_thresholds",
+    "mean_over_studies",
     "score_findings",
     "threshold_metrics",
+    "to_units",
 ]

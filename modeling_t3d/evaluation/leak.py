@@ -6,7 +6,7 @@ Views are shuffled independently over the batch while reports stay; what the los
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,29 +93,38 @@ def shuffle_views(batch: Mapping[str, Any], generator: torch.Generator | None = 
 
 @torch.no_grad()
 def measure_leak(
-    model: torch.nn.Module, batch: Mapping[str, Any], *, num_shuffles: int = 1, seed: int = 0
+    model: torch.nn.Module, batches: Iterable[Mapping[str, Any]], *, num_shuffles: int = 1, seed: int = 0
 ) -> LeakReport:
     """Recompute the multi-view alignment of a `T3DForPreTraining` with shuffled views, in evaluation mode.
 
     Args:
         model: its outputs hold `loss_tma` and `log_num_candidates`; its training mode is restored.
-        batch: the model's keyword arguments, with at least two pairs and their local views, on the model's device.
-        num_shuffles: independent shuffles to average.
+        batches: the model's keyword arguments, each with at least two pairs and their local views; moved to the
+            model's device. Losses are averaged over them.
+        num_shuffles: independent shuffles per batch.
         seed: of the shuffles.
     """
-    views = batch.get("local_pixel_values")
-    if views is None or len(views) < 2:
-        raise ValueError("the leak control needs local_pixel_values of at least two pairs")
     generator = torch.Generator().manual_seed(seed)
+    true, shuffled, chance = [], [], []
     was_training = model.training
     model.eval()
     try:
-        output = model(**batch)
-        loss, log_num_candidates = float(output.loss_tma), float(output.log_num_candidates)
-        shuffled = [float(model(**shuffle_views(batch, generator)).loss_tma) for _ in range(num_shuffles)]
+        for batch in batches:
+            views = batch.get("local_pixel_values")
+            if views is None or len(views) < 2:
+                raise ValueError("the leak control needs local_pixel_values of at least two pairs in every batch")
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            output = model(**inputs)
+            true.append(float(output.loss_tma))
+            chance.append(float(output.log_num_candidates))
+            for _ in range(num_shuffles):
+                shuffled.append(float(model(**shuffle_views(inputs, generator)).loss_tma))
     finally:
         model.train(was_training)
-    loss_shuffled, num_candidates = sum(shuffled) / len(shuffled), math.exp(log_num_candidates)
+    if not true:
+        raise ValueError("the leak control needs at least one batch")
+    loss, loss_shuffled = sum(true) / len(true), sum(shuffled) / len(shuffled)
+    num_candidates = math.exp(sum(chance) / len(chance))
     return LeakReport(
         loss=loss,
         loss_shuffled=loss_shuffled,

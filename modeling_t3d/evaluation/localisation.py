@@ -253,26 +253,32 @@ def localisation_case(
 
 
 def text_attention(
-    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], local_pixel_values: torch.Tensor
+    model: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    local_pixel_values: torch.Tensor,
+    view_batch_size: int = 8,
 ) -> np.ndarray:
-    """Attention of one volume's views to a text: the mean map over several wordings.
+    """Attention of one volume's views to each text.
 
     Args:
         model: a `T3DForPreTraining`.
         tokenizer: the processor's.
-        prompts: wordings of one finding.
-        local_pixel_values (`torch.Tensor` of shape `(S, C, d, h, w)`): the views.
+        texts: prompts or reports.
+        local_pixel_values (`torch.Tensor` of shape `(S, C, d, h, w)`): the views; each is encoded once.
+        view_batch_size: views that pass through the tower at once.
 
     Returns:
-        `np.ndarray` of shape `(S, d', h', w')`, summing to one within each view.
+        `np.ndarray` of shape `(num_texts, S, d', h', w')`, summing to one within each view.
     """
     limit = token_limit(model, tokenizer)
-    tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
     inputs = {name: tokens[name].to(model.device) for name in TEXT_INPUTS if name in tokens}
     with evaluation_mode(model):
-        # (wordings, S, d', h', w')
-        maps = model.get_text_attention(**inputs, local_pixel_values=local_pixel_values[None].to(model.device))
-    return maps.float().mean(dim=0).cpu().numpy()
+        chunks = (chunk.to(model.device) for chunk in local_pixel_values.split(view_batch_size))
+        maps = torch.cat([model.base_model.encode_local_views(chunk[None])[0] for chunk in chunks], dim=1)
+        attention = model.get_text_attention(**inputs, local_hidden_state=maps)
+    return attention.float().cpu().numpy()
 
 
 def evaluate_localisation(
@@ -281,6 +287,7 @@ def evaluate_localisation(
     cases: Iterable[Mapping[str, Any]],
     prompts: Mapping[str, Sequence[tuple[str, str]]],
     *,
+    view_batch_size: int = 8,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -292,6 +299,7 @@ def evaluate_localisation(
         processor: its `T3DProcessor`.
         cases: mappings as [`localisation_case`] makes them; any iterable. A finding without prompts is an error.
         prompts: finding -> (positive, negative) pairs.
+        view_batch_size: views that pass through the tower at once.
         num_resamples, confidence, seed: of the patient-level bootstrap.
 
     Returns:
@@ -300,13 +308,17 @@ def evaluate_localisation(
     scores: dict[str, list[LocalisationScore | None]] = {"all": []}
     patients: dict[str, list[Hashable]] = {"all": []}
     for case in cases:
-        for finding, mask in case["lesions"].items():
-            if finding not in prompts:
-                raise ValueError(f"no prompts for the lesion {finding!r}; add them or leave the lesion out")
-            wordings = [positive for positive, _ in prompts[finding]]
-            attention = text_attention(model, processor.tokenizer, wordings, case["local_pixel_values"])
-            touched = tokens_touching(mask, case["boxes"][finding], attention.shape[1:])
-            score = score_attention(attention, touched)
+        missing = [finding for finding in case["lesions"] if finding not in prompts]
+        if missing:
+            raise ValueError(f"no prompts for the lesion {missing[0]!r}; add them or leave the lesion out")
+        wordings = {finding: [positive for positive, _ in prompts[finding]] for finding in case["lesions"]}
+        texts = [text for texts in wordings.values() for text in texts]
+        attention = text_attention(model, processor.tokenizer, texts, case["local_pixel_values"], view_batch_size)
+        # Several wordings of a finding: their mean map.
+        ends = np.cumsum([len(texts) for texts in wordings.values()])
+        for (finding, mask), maps in zip(case["lesions"].items(), np.split(attention, ends[:-1]), strict=True):
+            touched = tokens_touching(mask, case["boxes"][finding], maps.shape[2:])
+            score = score_attention(maps.mean(axis=0), touched)
             for name in ("all", finding):
                 scores.setdefault(name, []).append(score)
                 patients.setdefault(name, []).append(case["patient_id"])

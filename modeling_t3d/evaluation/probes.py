@@ -113,15 +113,20 @@ def fit_linear_probe(
     # Rounding leaves a constant feature a spread of some ulp, which would blow up into noise.
     scale = np.where(scale > 1e-9 * np.maximum(1.0, np.abs(mean)), scale, np.inf)
     inputs = torch.from_numpy((features - mean) / scale)
-    known = torch.from_numpy(~np.isnan(labels))
-    targets = torch.from_numpy(np.nan_to_num(labels))
+    # A finding with one class has no finite optimum: it gets the constant that the rows show.
+    counts = (~np.isnan(labels)).sum(axis=0)
+    prevalence = np.divide(np.nansum(labels, axis=0), counts, out=np.full(len(counts), 0.5), where=counts > 0)
+    fitted = (prevalence > 0) & (prevalence < 1) & (counts > 0)
+    start = np.log(np.clip(prevalence, 1e-9, 1)) - np.log(np.clip(1 - prevalence, 1e-9, 1))
+    known = torch.from_numpy(~np.isnan(labels[:, fitted])).double()
+    targets = torch.from_numpy(np.nan_to_num(labels[:, fitted]))
     weight = torch.zeros(inputs.shape[1], targets.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(targets.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.from_numpy(start[fitted]).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iterations,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
+        tolerance_grad=1e-6 * max(1.0, len(features) ** 0.5),
+        tolerance_change=1e-10,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -129,16 +134,18 @@ def fit_linear_probe(
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
-            inputs @ weight + bias, targets, weight=known.double(), reduction="sum"
+            inputs @ weight + bias, targets, weight=known, reduction="sum"
         )
-        # A finding with one class has no finite bias: this keeps it bounded and changes nobody's ranking.
-        loss = losses + weight.square().sum() / (2 * inverse_penalty) + 1e-8 * bias.square().sum()
+        loss = losses + weight.square().sum() / (2 * inverse_penalty)
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return LinearProbe(weight=weight.detach().numpy(), bias=bias.detach().numpy(), mean=mean, scale=scale)
+    if fitted.any():
+        with torch.enable_grad():
+            optimizer.step(closure)
+    weights = np.zeros((features.shape[1], labels.shape[1]))
+    weights[:, fitted], start[fitted] = weight.detach().numpy(), bias.detach().numpy()
+    return LinearProbe(weight=weights, bias=start, mean=mean, scale=scale)
 
 
 def choose_inverse_penalty(

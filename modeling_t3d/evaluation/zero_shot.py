@@ -9,18 +9,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .encoding import Embeddings, embed_samples, encode_prompts
-from .findings import choose_thresholds, score_findings
+from .findings import choose_thresholds, score_findings, to_units
 from .protocol import ProtocolCard, split_hash
 from .results import Results
 from .retrieval import DEFAULT_KS, report_volume_retrieval
 
 # The field's wording for CT-RATE.
 DEFAULT_TEMPLATES = (("{} is present.", "{} is not present."),)
-UNITS = ("study", "reconstruction")
 PROTOCOLS = ("clean", "ct-clip")
 
 PromptPairs = Mapping[str, Sequence[tuple[str, str]]]
@@ -116,55 +114,6 @@ def logit_scale_of(model: torch.nn.Module) -> float:
     return math.exp(float(model.base_model.logit_scale))
 
 
-def mean_over_studies(
-    values: np.ndarray, labels: np.ndarray, study_ids: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scan level: mean score over the reconstructions of each study.
-
-    Args:
-        values (`np.ndarray` of shape `(N, K)`): scores per volume.
-        labels (`np.ndarray` of shape `(N, K)`): 0, 1 or nan; known labels of one study must agree.
-        study_ids: per volume.
-
-    Returns:
-        scores and labels of shape `(num_studies, K)`, and the row of each study's first volume `(num_studies,)`.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from modeling_t3d.evaluation.zero_shot import mean_over_studies
-    >>> scores, labels, first = mean_over_studies(np.array([[0.25], [0.75], [1.0]]), np.ones((3, 1)), ["a", "a", "b"])
-    >>> scores.ravel().tolist(), first.tolist()
-    ([0.5, 1.0], [0, 2])
-
-    ```
-    """
-    numbers: dict[str, int] = {}
-    owner = np.array([numbers.setdefault(study, len(numbers)) for study in study_ids])
-    _, first = np.unique(owner, return_index=True)
-    sums = np.zeros((len(numbers), values.shape[1]))
-    np.add.at(sums, owner, values)
-    highest, lowest = np.full(sums.shape, -np.inf), np.full(sums.shape, np.inf)
-    np.maximum.at(highest, owner, np.where(np.isnan(labels), -np.inf, labels))
-    np.minimum.at(lowest, owner, np.where(np.isnan(labels), np.inf, labels))
-    if (highest > lowest).any():
-        row, column = np.argwhere(highest > lowest)[0]
-        raise ValueError(
-            f"reconstructions of study number {row + 1} disagree about finding number {column + 1}: labels belong to "
-            'studies; correct them or evaluate with unit="reconstruction"'
-        )
-    return sums / np.bincount(owner)[:, None], np.where(np.isinf(highest), np.nan, highest), first
-
-
-def _units(embeddings: Embeddings, scores: np.ndarray, unit: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Scores, labels and patient ids per unit."""
-    if unit == "reconstruction":
-        return scores, embeddings.labels, list(embeddings.patient_ids)
-    scores, labels, first = mean_over_studies(scores, embeddings.labels, embeddings.study_ids)
-    return scores, labels, [embeddings.patient_ids[row] for row in first]
-
-
 def validation_thresholds(
     embeddings: Embeddings,
     positive_embeds: torch.Tensor,
@@ -176,7 +125,7 @@ def validation_thresholds(
     scores = zero_shot_scores(
         torch.from_numpy(embeddings.image_embeds), positive_embeds, negative_embeds, logit_scale
     ).numpy()
-    scores, labels, _ = _units(embeddings, scores, unit)
+    scores, labels, _ = to_units(scores, embeddings.labels, embeddings.study_ids, embeddings.patient_ids, unit)
     return choose_thresholds(labels, scores, embeddings.findings)
 
 
@@ -201,13 +150,13 @@ def evaluate_embeddings(
     Arguments as in [`evaluate_zero_shot`]; `positive_embeds` and `negative_embeds` `(K, D)` come from
     [`encode_prompt_pairs`], in the order of the embeddings' findings.
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
     images = torch.from_numpy(embeddings.image_embeds)
     scores = zero_shot_scores(images, positive_embeds, negative_embeds, logit_scale).numpy()
-    scores, labels, patient_ids = _units(embeddings, scores, unit)
+    scores, labels, patient_ids = to_units(
+        scores, embeddings.labels, embeddings.study_ids, embeddings.patient_ids, unit
+    )
     source = "none (ranking metrics alone)" if thresholds is None else "chosen on a validation split"
     if protocol == "ct-clip":
         thresholds = choose_thresholds(labels, scores, embeddings.findings, protocol="ct-clip")
@@ -339,7 +288,6 @@ __all__ = [
     "evaluate_zero_shot",
     "logit_scale_of",
     "make_prompts",
-    "mean_over_studies",
     "mean_prompt_embeds",
     "softmax_scores",
     "validation_thresholds",

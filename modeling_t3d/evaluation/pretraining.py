@@ -1,0 +1,145 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The complete evaluation of a pre-trained model: zero-shot, retrieval, leak control, baselines, probes, localisation.
+
+Data sets and readers arrive as arguments; each measurement is a function of its own module.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..geometry_t3d import Volume
+from .classification import LabelledFeatures, evaluate_probe, labelled_shortcuts
+from .encoding import Embeddings, embed_samples, evaluation_samples
+from .leak import measure_leak
+from .localisation import evaluate_localisation, localisation_case
+from .probes import study_identity
+from .results import Results
+from .retrieval import DEFAULT_KS
+from .zero_shot import PromptPairs, encode_prompt_pairs, evaluate_embeddings, logit_scale_of, validation_thresholds
+
+
+def leak_batches(dataset: Any, collator: Callable, batch_size: int, max_batches: int) -> Iterator[dict[str, Any]]:
+    """Full batches of a data set in its order, collated as in training; a shorter last one is left out."""
+    for number in range(min(max_batches, len(dataset) // batch_size)):
+        yield collator([dataset[number * batch_size + place] for place in range(batch_size)])
+
+
+def localisation_cases(
+    dataset: Any, read_volume: Callable[[Any], Volume], lesion_values: Mapping[str, int], mask_name: str = "lesions"
+) -> Iterator[dict[str, Any]]:
+    """Cases for [`evaluate_localisation`]: every volume with a label map, tiled by its grid, one at a time.
+
+    Args:
+        dataset: has `rows` with `masks`, `prepared(index)` and `image_processor`.
+        read_volume: path -> `Volume`.
+        lesion_values: finding -> its value in the label map; findings that a volume lacks are left out.
+        mask_name: key of the label map in a row's masks.
+    """
+    for index, row in enumerate(dataset.rows):
+        if mask_name not in row.masks:
+            continue
+        label_map = read_volume(row.masks[mask_name])
+        masks = {finding: label_map.array == value for finding, value in lesion_values.items()}
+        lesions = {finding: Volume(mask, label_map.affine) for finding, mask in masks.items() if mask.any()}
+        if lesions:
+            prepared = dataset.prepared(index)
+            views = dataset.image_processor.make_views(prepared, "grid")
+            yield localisation_case(prepared, views, lesions, row.patient_id)
+
+
+def _as_features(embeddings: Embeddings) -> LabelledFeatures:
+    """Frozen volume embeddings as features of a probe."""
+    return LabelledFeatures(embeddings.image_embeds, embeddings.labels, embeddings.patient_ids, embeddings.study_ids)
+
+
+def evaluate_pretrained(
+    model: torch.nn.Module,
+    processor: Any,
+    test: Any,
+    prompts: PromptPairs,
+    *,
+    train: Any | None = None,
+    validation: Any | None = None,
+    collator: Callable | None = None,
+    read_volume: Callable[[Any], Volume] | None = None,
+    lesion_values: Mapping[str, int] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    views: int | str | None = None,
+    unit: str = "study",
+    ks: Sequence[int] = DEFAULT_KS,
+    batch_size: int = 4,
+    leak_batch_size: int = 16,
+    max_leak_batches: int = 8,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Results:
+    """Everything that can be measured with what is given, on the test rows once.
+
+    Always: zero-shot table, retrieval (where every row has a report), study identity of the local views.
+
+    Args:
+        model: a `T3DForPreTraining`.
+        processor: its `T3DProcessor`.
+        test: a data set as `PretrainingDataset`: `rows`, `prepared(index)`, `image_processor`, items to collate.
+        prompts: finding -> (positive, negative) pairs.
+        train: the training set: adds the linear probe and, with `read_volume`, the shortcut baseline.
+        validation: a data set on which thresholds are chosen.
+        collator: makes training batches of `test`: adds the leak control of a model with multi-view alignment.
+        read_volume: path -> `Volume` as stored.
+        lesion_values: finding -> value in the label maps of the test rows: with `read_volume`, adds localisation.
+        groups: group name -> findings, for instance diffuse and focal.
+        views: local views per volume (a number or "grid") that a fusing model embeds; the processor's number by
+            default.
+        unit, ks, batch_size, num_resamples, confidence, seed: as in [`evaluate_zero_shot`].
+        leak_batch_size, max_leak_batches: pairs per batch, and batches, of the leak control.
+    """
+    findings = list(prompts)
+    bootstrap = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    views = processor.image_processor.num_local_views if views is None else views
+
+    def embed(dataset: Any, **settings: bool) -> Embeddings:
+        samples = evaluation_samples(dataset, views=views, seed=seed)
+        return embed_samples(model, processor, samples, findings, batch_size=batch_size, **settings)
+
+    positive, negative = encode_prompt_pairs(model, processor.tokenizer, prompts)
+    logit_scale, thresholds = logit_scale_of(model), None
+    if validation is not None:
+        thresholds = validation_thresholds(
+            embed(validation, with_reports=False), positive, negative, logit_scale, unit
+        )
+    has_reports = all(row.report for row in test.rows)
+    embeddings = embed(test, with_reports=has_reports, with_view_features=True)
+    results = evaluate_embeddings(
+        embeddings,
+        positive,
+        negative,
+        logit_scale,
+        prompts=prompts,
+        groups=groups,
+        unit=unit,
+        thresholds=thresholds,
+        ks=ks,
+        **bootstrap,
+    )
+    results.study_identity = study_identity(embeddings.view_features, embeddings.study_ids, embeddings.view_mask)
+    settings = {"groups": groups, "unit": unit, **bootstrap}
+    if train is not None and read_volume is not None:
+        shortcuts = (labelled_shortcuts(part.rows, findings, read_volume) for part in (train, test))
+        results.comparisons["shortcut baseline"] = evaluate_probe(*shortcuts, findings, **settings)
+    if train is not None:
+        frozen = _as_features(embed(train, with_reports=False)), _as_features(embeddings)
+        results.comparisons["linear probe"] = evaluate_probe(*frozen, findings, **settings)
+    if collator is not None and model.config.lambda_tma > 0:
+        batches = leak_batches(test, collator, min(leak_batch_size, len(test)), max_leak_batches)
+        results.leak = measure_leak(model, batches, seed=seed)
+    if lesion_values is not None and read_volume is not None:
+        cases = localisation_cases(test, read_volume, lesion_values)
+        results.localisation = evaluate_localisation(model, processor, cases, prompts, **bootstrap)
+    return results
+
+
+__all__ = ["evaluate_pretrained", "leak_batches", "localisation_cases"]
