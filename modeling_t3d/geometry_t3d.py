@@ -121,7 +121,7 @@ def shear(affine: np.ndarray) -> float:
     return max(abs(float(directions[:, i] @ directions[:, j])) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def orientation(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def orientation(affine: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Nearest world axis (0, 1, 2 = x, y, z) and sign (+1, -1) of each array axis.
 
     Raises:
@@ -263,7 +263,7 @@ class Volume:
             )
         worlds, signs = orientation(self.affine)
         order = [worlds.index(world) for world in (2, 1, 0)]
-        flipped = [new for new, axis in enumerate(order) if signs[axis] < 0]
+        flipped = tuple(new for new, axis in enumerate(order) if signs[axis] < 0)
         array = np.ascontiguousarray(np.flip(self.array.transpose(order), flipped))
         affine = self.affine.copy()
         affine[:3, :3] = self.affine[:3, order]
@@ -282,8 +282,8 @@ class Box:
         (2.0, 3.0, 4.0)
     """
 
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -35,16 +35,16 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
                 values = stored.astype(dtype)  # always a copy: never the memory map of a file
                 # Integer arithmetic wraps: a product outside the type comes back when the offset brings it inside.
                 if factor != 1:
-                    values *= factor
+                    np.multiply(values, factor, out=values)
                 if offset != 0:
-                    values += offset
+                    np.add(values, offset, out=values)
                 return values
     with np.errstate(over="ignore", invalid="ignore"):
         values = stored.astype(np.float32)
         if slope != 1:
-            values *= np.float32(slope)
+            np.multiply(values, np.float32(slope), out=values)
         if intercept != 0:
-            values += np.float32(intercept)
+            np.add(values, np.float32(intercept), out=values)
     return values
 
 
@@ -87,7 +87,7 @@ def remove_shear(volume: Volume) -> Volume:
     rotation, upper = np.linalg.qr(volume.affine[:3, order])
     rotation, upper = rotation * np.sign(np.diag(upper)), upper * np.sign(np.diag(upper))[:, None]
     sizes = np.diag(upper)
-    check_spacing(sizes)
+    check_spacing(sizes.tolist())
     array, origin = volume.array, volume.affine[:3, 3].copy()
     fill = array.min().item()
     for row, column in ((0, 1), (0, 2), (1, 2)):

@@ -57,18 +57,18 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class _Slice:
-    """One frame: where its pixels are and where it lies (LPS world, mm)."""
+    """One frame: where its pixels are and where it lies (LPS world, mm); None where the header does not say."""
 
     file: int
     frame: int
-    position: np.ndarray | None
-    row_direction: np.ndarray | None
-    column_direction: np.ndarray | None
-    pixel_spacing: tuple[float, ...] | None
+    position: Any
+    row_direction: Any
+    column_direction: Any
+    pixel_spacing: Any
     size: tuple[int, int]
     slope: float
     intercept: float
-    thickness: float | None
+    thickness: float
 
     @property
     def normal(self) -> np.ndarray:
@@ -104,7 +104,7 @@ def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None
     return numbers
 
 
-def _number(dataset: Any, keyword: str, default: float | None) -> float | None:
+def _number(dataset: Any, keyword: str, default: float) -> float:
     numbers = _numbers(dataset, keyword, 1)
     return default if numbers is None else numbers[0]
 
@@ -122,13 +122,13 @@ def _slice(file: int, frame: int, size: tuple[int, int], plane: Sequence[Any]) -
     position_from, orientation_from, measures_from, rescale_from = plane
     position = _numbers(position_from, "ImagePositionPatient", 3)
     cosines = _numbers(orientation_from, "ImageOrientationPatient", 6)
-    row, column = (None, None) if cosines is None else (np.array(cosines[:3]), np.array(cosines[3:]))
-    if row is not None and (
-        abs(np.linalg.norm(row) - 1) > 0.01 or abs(np.linalg.norm(column) - 1) > 0.01 or abs(row @ column) > 0.01
-    ):
-        raise _Refused("its ImageOrientationPatient is not two perpendicular unit vectors")
-    if row is not None:
-        row, column = row / np.linalg.norm(row), column / np.linalg.norm(column)
+    row = column = None
+    if cosines is not None:
+        row, column = np.array(cosines[:3]), np.array(cosines[3:])
+        lengths = np.linalg.norm(row), np.linalg.norm(column)
+        if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(row @ column)) > 0.01:
+            raise _Refused("its ImageOrientationPatient is not two perpendicular unit vectors")
+        row, column = row / lengths[0], column / lengths[1]
     slope = _number(rescale_from, "RescaleSlope", 1.0)
     if slope == 0:
         raise _Refused("its RescaleSlope is 0")
@@ -142,7 +142,7 @@ def _slice(file: int, frame: int, size: tuple[int, int], plane: Sequence[Any]) -
         size,
         slope,
         _number(rescale_from, "RescaleIntercept", 0.0),
-        _number(measures_from, "SliceThickness", None),
+        _number(measures_from, "SliceThickness", 0.0),
     )
 
 
@@ -215,7 +215,7 @@ def _sorted_geometry(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray, li
     slices, heights = [slices[index] for index in order], [heights[index] for index in order]
     notes: list[str] = []
     if len(slices) == 1:
-        if first.thickness is None or first.thickness <= 0:
+        if first.thickness <= 0:
             raise _Refused("it holds one slice without a thickness, so its extent is unknown; pass the whole series")
         step = normal * first.thickness
         notes.append("one slice: there is no step between positions, its depth is the thickness of the slice")
@@ -401,7 +401,7 @@ def read_dicom(source: str, files: Sequence[str], *, series: int | None = None) 
             slices, affine, more = _sorted_geometry(chosen.slices)
         except _Refused as refused:
             raise folder.error(str(refused)) from None
-        array: np.ndarray | None = None
+        array = np.empty(0)
         cache: tuple[int, np.ndarray] = (-1, np.empty(0))
         for index, entry in enumerate(slices):
             if cache[0] != entry.file:
@@ -409,7 +409,7 @@ def read_dicom(source: str, files: Sequence[str], *, series: int | None = None) 
             values = rescale(cache[1][entry.frame], entry.slope, entry.intercept)
             if values.shape != entry.size:
                 raise folder.error("its pixels have another size than its header says", entry.file)
-            if array is None:
+            if index == 0:
                 array = np.empty((len(slices), *values.shape), dtype=values.dtype)
             elif values.dtype != array.dtype:
                 array = array.astype("float32" if "f" in (values.dtype.kind, array.dtype.kind) else "int32")

@@ -333,7 +333,9 @@ def to_volume(
 def _from_array(image: Any, affine: Any, spacing: Sequence[float] | None, axes: str | None) -> Volume:
     if affine is not None and (spacing is not None or axes is not None):
         raise VolumeGeometryError("pass affine= or spacing= with axes=, not both")
-    if affine is None and (spacing is None or axes is None):
+    if spacing is not None and axes is not None:
+        affine = affine_from_axes(spacing, axes)
+    if affine is None:
         raise VolumeGeometryError(
             "an array needs its geometry: pass affine= (4x4, array indices to RAS+ mm), or spacing= and axes=, e.g. "
             'spacing=(2.0, 0.7, 0.7), axes="SAR" for (z, y, x)'
@@ -349,7 +351,7 @@ def _from_array(image: Any, affine: Any, spacing: Sequence[float] | None, axes: 
         raise VolumeGeometryError(f"the array holds {image.dtype} values; pass one real number per voxel")
     if image.size and image.dtype not in (np.int16, np.float32):
         image = rescale(image, 1.0, 0.0)
-    return Volume(image, affine_from_axes(spacing, axes) if affine is None else affine)
+    return Volume(image, affine)
 
 
 def write_nifti(volume: Volume, path: str | os.PathLike) -> None:
