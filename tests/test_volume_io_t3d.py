@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 import struct
+import sys
 
 import nibabel
 import numpy as np
@@ -261,10 +262,28 @@ def test_paths_that_cannot_be_read(tmp_path, scan, monkeypatch):
     with pytest.raises(VolumeReadError, match=r"^pipe.nii: is neither"):
         read_volume("pipe.nii")
     os.chmod("scan.nii", 0)
-    if os.access("scan.nii", os.R_OK):
-        pytest.skip("this user may read every file")
-    with pytest.raises(VolumeReadError, match=r"^scan.nii: cannot be opened"):
-        read_volume("scan.nii")
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # the superuser may read every file
+        with pytest.raises(VolumeReadError, match=r"^scan.nii: cannot be opened \(Permission denied\)"):
+            read_volume("scan.nii")
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [("SimpleITK", "plain.mha", "modeling_t3d[formats]"), ("pydicom", "slice.dcm", "modeling_t3d[dicom]")],
+)
+def test_a_missing_package_is_named_with_its_extra(tmp_path, scan, monkeypatch, package, name, extra):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(scan), str(tmp_path / "plain.mha"))
+    (tmp_path / "slice.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(VolumeReadError) as caught:
+        read_volume(tmp_path / name)
+    assert package in str(caught.value)
+    assert f'pip install "{extra}"' in str(caught.value)
 
 
 def mutated(content: bytes, generator: np.random.Generator) -> bytes:
