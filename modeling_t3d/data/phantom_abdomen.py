@@ -171,7 +171,7 @@ def fill(z: np.ndarray, pockets: np.ndarray, stool: float) -> np.ndarray:
     return np.where(chosen < 0.6, -930.0, stool)
 
 
-def paint_spine(scene: Scene) -> None:
+def paint_spine(scene: Scene, draws: RandomDraws) -> None:
     """Vertebrae with discs, canal and processes, the muscles beside them, the sternum and the pelvis' wings."""
     canvas, anatomy = scene.canvas, scene.anatomy
     muscle, spine, marrow = ORGANS["muscle"], ORGANS["spine"], scene.tissue["bone"]
@@ -208,6 +208,16 @@ def paint_spine(scene: Scene) -> None:
     for sign in (-1.0, 1.0):
         centre = (-214.0, -0.3 * anatomy.inner_depth, sign * 0.72 * anatomy.inner_width)
         canvas.ellipsoid(centre, (48.0, 42.0, 7.0), 420.0, angle=-0.5 * sign)
+    # Bone islands and osteophytes: as dense and small as stones and plaques, and no finding.
+    for _ in range(draws.integer(2, 10)):
+        z, turn, share = draws.uniform(-185, 200), draws.uniform(-3.14, 3.14), draws.uniform(0.4, 1.1)
+        centre = (
+            z,
+            float(anatomy.spine_y(z)) + 0.8 * radius * share * math.sin(turn),
+            float(anatomy.spine_x(z)) + radius * share * math.cos(turn),
+        )
+        radii = [draws.uniform(1.5, 5.0) for _ in range(3)]
+        canvas.lesion(centre, radii, draws.uniform(600, 1200), finding=0)
 
 
 def paint_kidneys(scene: Scene) -> None:

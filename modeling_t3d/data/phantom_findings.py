@@ -32,20 +32,20 @@ class FindingSpec:
 
 
 FINDINGS: dict[str, FindingSpec] = {
-    "emphysema": FindingSpec("diffuse", 1, 0.19, "chronic", (0, 0), (("smoking", 0.6), ("age", 0.2))),
-    "pleural effusion": FindingSpec("diffuse", 2, 0.20, "acute", (18, 75), (("heart failure", 0.5), ("tumour", 0.2))),
-    "cardiomegaly": FindingSpec("diffuse", 3, 0.15, "chronic", (0, 0), (("heart failure", 0.6), ("age", 0.2))),
+    "emphysema": FindingSpec("diffuse", 1, 0.19, "chronic", (0, 0), (("smoking", 0.9), ("age", 0.2))),
+    "pleural effusion": FindingSpec("diffuse", 2, 0.20, "acute", (18, 75), (("heart failure", 0.8), ("tumour", 0.2))),
+    "cardiomegaly": FindingSpec("diffuse", 3, 0.15, "chronic", (0, 0), (("heart failure", 0.8), ("age", 0.2))),
     "consolidation": FindingSpec("diffuse", 4, 0.18, "acute", (45, 100), (("smoking", 0.2), ("heart failure", 0.1))),
-    "ascites": FindingSpec("diffuse", 5, 0.10, "acute", (14, 32), (("heart failure", 0.3), ("tumour", 0.3))),
+    "ascites": FindingSpec("diffuse", 5, 0.10, "acute", (14, 32), (("heart failure", 0.4), ("tumour", 0.5))),
     "hepatic steatosis": FindingSpec("diffuse", 6, 0.25, "chronic", (0, 0), (("metabolic", 0.5),)),
     "lung nodule": FindingSpec("focal", 7, 0.42, "chronic", (6, 20), (("smoking", 0.3), ("tumour", 0.2))),
     "liver cyst": FindingSpec("focal", 8, 0.20, "chronic", (8, 30), (("age", 0.4),)),
-    "liver metastasis": FindingSpec("focal", 9, 0.08, "chronic", (8, 30), (("tumour", 0.7),)),
+    "liver metastasis": FindingSpec("focal", 9, 0.08, "chronic", (8, 30), (("tumour", 0.9),)),
     "kidney cyst": FindingSpec("focal", 10, 0.25, "chronic", (8, 30), (("age", 0.6),)),
-    "kidney stone": FindingSpec("focal", 11, 0.10, "chronic", (4, 10), (("metabolic", 0.4),)),
-    "coronary calcification": FindingSpec("focal", 12, 0.25, "chronic", (4, 10), (("age", 0.5), ("smoking", 0.3))),
-    "aortic calcification": FindingSpec("focal", 13, 0.28, "chronic", (4, 10), (("age", 0.6), ("smoking", 0.2))),
-    "lymphadenopathy": FindingSpec("focal", 14, 0.12, "acute", (12, 26), (("tumour", 0.6),)),
+    "kidney stone": FindingSpec("focal", 11, 0.10, "chronic", (4, 10), (("metabolic", 0.5),)),
+    "coronary calcification": FindingSpec("focal", 12, 0.25, "chronic", (4, 10), (("age", 0.6), ("smoking", 0.3))),
+    "aortic calcification": FindingSpec("focal", 13, 0.28, "chronic", (4, 10), (("age", 0.7), ("smoking", 0.2))),
+    "lymphadenopathy": FindingSpec("focal", 14, 0.12, "acute", (12, 26), (("tumour", 0.8),)),
 }
 
 TRAITS = ("age", "smoking", "heart failure", "tumour", "metabolic")
@@ -78,12 +78,15 @@ def draw_traits(draws: RandomDraws) -> dict[str, float]:
 
 
 def draw_findings(draws: RandomDraws, traits: dict[str, float], course: str) -> dict[str, bool]:
-    """Which findings of a course are there; each trait at level t scales the probability by 1 + strength (2 t - 1)."""
+    """Which findings of a course are there: a trait at level t scales the probability by 1 + strength (3 t^2 - 1).
+
+    The mean of that factor over patients is 1, and few patients have much of a trait.
+    """
     present = {}
     for name, spec in FINDINGS.items():
         probability = spec.prevalence
         for trait, strength in spec.factors:
-            probability *= 1.0 + strength * (2.0 * traits[trait] - 1.0)
+            probability *= 1.0 + strength * (3.0 * traits[trait] ** 2 - 1.0)
         if spec.course == course:
             present[name] = draws.chance(probability)
     return present

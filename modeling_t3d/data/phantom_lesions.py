@@ -21,10 +21,20 @@ def draw_size(draws: RandomDraws, finding: str) -> float:
     return low + (high - low) * share * (0.4 + 0.6 * share)
 
 
+def uneven_shares(draws: RandomDraws, least: float) -> list[float]:
+    """Diameters (z, y, x) of an ellipsoid as shares of the largest, from `least` to 1."""
+    return draws.shuffled([1.0, draws.uniform(least, 1.0), draws.uniform(least, 1.0)])
+
+
 def uneven_radii(draws: RandomDraws, size: float, least: float) -> list[float]:
     """Radii (z, y, x) in mm of an ellipsoid of largest diameter `size`, the others at least `least` times that."""
-    shares = draws.shuffled([1.0, draws.uniform(least, 1.0), draws.uniform(least, 1.0)])
-    return [0.5 * size * share for share in shares]
+    return [0.5 * size * share for share in uneven_shares(draws, least)]
+
+
+def fallback_sizes(finding: str, size: float) -> tuple[float, ...]:
+    """The wanted diameter in mm, then smaller ones for an organ that has no room for it."""
+    low = FINDINGS[finding].size_mm[0]
+    return (size, max(0.7 * size, low), low)
 
 
 def is_free(scene: Scene, centre: tuple[float, float, float], radius: float) -> bool:
@@ -35,19 +45,20 @@ def is_free(scene: Scene, centre: tuple[float, float, float], radius: float) -> 
 def find_place(
     scene: Scene,
     draws: RandomDraws,
-    radius: float,
+    sizes: tuple[float, ...],
     low: tuple[float, float, float],
     high: tuple[float, float, float],
     depth: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
-) -> tuple[float, float, float] | None:
-    """The first of many random points (z, y, x) that lies deep in an organ and is free; `None` if there is none."""
+) -> tuple[tuple[float, float, float], float] | None:
+    """One of many random points (z, y, x) that lies deep in an organ and is free, and the first size that fits."""
     points = draws.uniforms(0.0, 1.0, CANDIDATES, 3) * (np.asarray(high) - low) + low
-    deep = depth(*points.T) > radius + 1.0
-    for point in points[deep]:
-        centre = tuple(float(value) for value in point)
-        if is_free(scene, centre, radius):
-            scene.occupied.append((centre, radius))
-            return centre
+    depths = depth(*points.T)
+    for size in sizes:
+        for point in points[depths > 0.5 * size + 1.0]:
+            centre = tuple(float(value) for value in point)
+            if is_free(scene, centre, 0.5 * size):
+                scene.occupied.append((centre, 0.5 * size))
+                return centre, size
     return None
 
 
@@ -76,11 +87,14 @@ def paint_nodules(scene: Scene, draws: RandomDraws) -> None:
 
     for _ in range(draws.choice((1, 1, 1, 2, 2, 3))):
         size = draw_size(draws, name)
-        radii, hu = uneven_radii(draws, size, 0.8), draws.uniform(20, 70)
+        shares, hu = uneven_shares(draws, 0.8), draws.uniform(20, 70)
         half, long = anatomy.inner_width, anatomy.inner_depth
-        centre = find_place(scene, draws, 0.5 * size, (-40, -long, -half), (anatomy.apex, long, half), depth)
-        if centre is None:
+        low, high = (-40, -long, -half), (anatomy.apex, long, half)
+        found = find_place(scene, draws, fallback_sizes(name, size), low, high, depth)
+        if found is None:
             continue
+        centre, size = found
+        radii = [0.5 * size * share for share in shares]
         scene.canvas.lesion(centre, radii, hu, FINDINGS[name].index)
         side = "right" if centre[2] > 0 else "left"
         scene.record(name, side, f"{side} {lobe(centre, anatomy.apex)} lobe", size, centre)
@@ -119,13 +133,15 @@ def paint_liver_lesions(scene: Scene, draws: RandomDraws, name: str) -> None:
 
     for _ in range(draws.choice((1, 1, 2, 3) if cyst else (2, 3, 4, 5))):
         size = draw_size(draws, name)
-        radii = uneven_radii(draws, size, 0.9 if cyst else 0.75)
+        shares = uneven_shares(draws, 0.9 if cyst else 0.75)
         contrast = draws.uniform(40, 60) if cyst else draws.uniform(24, 42)
         # Neither falls below the HU of water by more than a few units, however fatty the liver is.
         contrast = max(min(contrast, liver + (6.0 if cyst else -2.0)), 20.0)
-        centre = find_place(scene, draws, 0.5 * size, low, high, depth)
-        if centre is None:
+        found = find_place(scene, draws, fallback_sizes(name, size), low, high, depth)
+        if found is None:
             continue
+        centre, size = found
+        radii = [0.5 * size * share for share in shares]
         scene.canvas.lesion(centre, radii, liver - contrast, FINDINGS[name].index)
         place = "right lobe of the liver" if centre[2] > 28 else "left lobe of the liver"
         scene.record(name, "right" if centre[2] > 28 else "left", place, size, centre)

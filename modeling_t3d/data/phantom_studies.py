@@ -180,7 +180,7 @@ def paint_organs(scene: Scene, draws: RandomDraws, acute: RandomDraws) -> None:
         paint_effusion(scene, acute)
     paint_upper_abdomen(scene, draws)
     paint_bowel(scene, draws)
-    paint_spine(scene)
+    paint_spine(scene, draws)
     paint_kidneys(scene)
     paint_heart(scene)
     paint_great_vessels(scene)
