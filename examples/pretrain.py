@@ -24,6 +24,7 @@ from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.evaluation.encoding import evaluation_samples
 from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
 from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
+from modeling_t3d.training.model_card import provenance
 from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
 from modeling_t3d.training.validation import ValidationLosses
 
@@ -103,12 +104,7 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
         "max_report_tokens": collator.max_report_tokens,
     }
     logger.info("{num_truncated} of {num_reports} reports are cut at {max_report_tokens} tokens".format(**facts))
-    model.config.provenance = {
-        "stage": "pretraining",
-        "training_data": [("phantoms: " if data.synthetic else "") + facts["data_name"]],
-        "license": data.license,
-        "parents": facts["base_models"],
-    }
+    model.config.provenance = provenance(facts)
     shared = (processor.image_processor, data.cache_dir or Path(data.manifest).parent / "prepared")
     parts = [PretrainingDataset(rows, *shared, seed=training.seed, text_sampling=data.text_sampling)]
     evaluate = None

@@ -110,6 +110,16 @@ def fill_model_card(
     return card
 
 
+def provenance(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration of a checkpoint keeps of the card's facts: stage, data, licence, parents."""
+    return {
+        "stage": "pretraining",
+        "training_data": [("phantoms: " if facts["synthetic"] else "") + facts["data_name"]],
+        "license": facts["data_license"],
+        "parents": list(facts["base_models"]),
+    }
+
+
 def _describe_tower(config: dict[str, Any] | None) -> str:
     if not config:
         return "none"
@@ -117,4 +127,4 @@ def _describe_tower(config: dict[str, Any] | None) -> str:
     return f"{kind}, {config.get('num_hidden_layers')} layers or blocks, {config.get('hidden_size')} channels"
 
 
-__all__ = ["fill_model_card"]
+__all__ = ["fill_model_card", "provenance"]

@@ -164,12 +164,16 @@ class T3DTrainer:
         if random_state_of_rank is not None:
             restore_random_state(random_state_of_rank)
         self._write_status("running")
-        with StopRequest() as stop:
-            interrupted = self._run(reporter, stop)
-        model_dir = None if interrupted else self._save_model()
-        self._write_status("interrupted" if interrupted else "completed")
-        reporter.close()
-        return TrainingResult("interrupted" if interrupted else "completed", self.state, model_dir, self.metrics)
+        status = "failed"
+        try:
+            with StopRequest() as stop:
+                interrupted = self._run(reporter, stop)
+            model_dir = None if interrupted else self._save_model()
+            status = "interrupted" if interrupted else "completed"
+        finally:
+            self._write_status(status)
+            reporter.close()
+        return TrainingResult(status, self.state, model_dir, self.metrics)
 
     def _run(self, reporter: ProgressReporter, stop: StopRequest) -> bool:
         """Steps until the budget is spent; returns whether a signal ended them first."""
@@ -382,7 +386,7 @@ class T3DTrainer:
         return target
 
     def _write_status(self, status: str) -> None:
-        """`status.json`: what a scheduler can look at where a launcher hides the exit status."""
+        """`status.json`: what a scheduler can look at where a launcher hides the exit status; `running` if killed."""
         if self.accelerator.is_main_process:
             text = json.dumps({"status": status, **asdict(self.state)})
             write_text_atomically(self.output_dir / "status.json", text)

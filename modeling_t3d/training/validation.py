@@ -17,8 +17,8 @@ class ValidationLosses:
     """
     A callable for [`T3DTrainer`]: model -> mean of every `loss*` of its output over fixed batches of held-out pairs.
 
-    Batches, views and texts are the same at every call. Contrastive losses depend on the batch size: numbers of
-    different batch sizes cannot be compared. Pairs that would leave a process fewer than two are left out.
+    Batches, views and texts are the same at every call. A contrastive loss depends on the size of its batch: only
+    whole batches count, and numbers of different batch sizes cannot be compared.
 
     Args:
         dataset (`Dataset`), collator (callable): as for training.
@@ -42,7 +42,6 @@ class ValidationLosses:
             num_processes=num_processes,
             process_index=torch.distributed.get_rank() if distributed else 0,
             shuffle=False,
-            drop_last=False,
         )
         device = next(model.parameters()).device
         sums: dict[str, float] = {}
