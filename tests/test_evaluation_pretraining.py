@@ -15,6 +15,7 @@ from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantoms import (
     EVALUATION_PROMPTS,
     FINDINGS,
+    ORGANS,
     phantom_seeds,
     train_phantom_tokenizer,
     write_phantoms,
@@ -26,7 +27,8 @@ from modeling_t3d.evaluation.classification import (
     labelled_shortcuts,
 )
 from modeling_t3d.evaluation.encoding import embed_samples, evaluation_samples
-from modeling_t3d.evaluation.pretraining import evaluate_pretrained, leak_batches, localisation_cases
+from modeling_t3d.evaluation.localisation import mask_on_grid
+from modeling_t3d.evaluation.pretraining import evaluate_pretrained, leak_batches, localisation_cases, plot_case
 from modeling_t3d.evaluation.results import load_results
 from modeling_t3d.evaluation.statistics import area_under_roc
 from modeling_t3d.geometry_t3d import Volume
@@ -216,3 +218,23 @@ def test_embedding_a_data_set_keeps_its_order(study):
     )
     assert embeddings.study_ids == tuple(row.study_id for row in study.test.rows)
     assert embeddings.text_embeds.shape == embeddings.image_embeds.shape
+
+
+def test_figure_of_a_case(study, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the eval extra")
+    row, prepared = study.test.rows[0], study.test.prepared(0)
+    label_map = read_volume(row.masks["lesions"])
+    lesion = Volume(label_map.array > 0, label_map.affine)
+    path = plot_case(study.model, study.processor, prepared, "Emphysema.", tmp_path / "a.png", lesion=lesion)
+    assert path.stat().st_size > 10_000
+
+
+def test_a_mask_on_the_model_grid_lies_where_the_scan_shows_it(study):
+    """The lungs of the organ map, brought to the model grid, hold air; what is around them does not."""
+    row, prepared = study.test.rows[1], study.test.prepared(1)
+    organs = read_volume(row.masks["organs"])
+    lungs = [value for name, value in ORGANS.items() if "lung" in name]
+    mask = mask_on_grid(Volume(np.isin(organs.array, lungs), organs.affine), prepared.affine, prepared.array.shape)
+    assert mask.any()
+    assert np.median(prepared.array[mask]) < -600
+    assert prepared.array[mask].mean() < prepared.array[np.roll(mask, 6, axis=1) & ~mask].mean() - 200

@@ -353,6 +353,29 @@ def attention_volume(attention: np.ndarray, boxes: np.ndarray, shape: Sequence[i
     return np.divide(painted, views, out=np.full(painted.shape, np.nan, dtype=np.float32), where=views > 0)
 
 
+def mask_on_grid(mask: Volume, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A mask in any orientation, read at the voxel centres of another grid that shares its axes.
+
+    Args:
+        mask: `Volume` whose non-zero voxels count.
+        affine (`np.ndarray` of shape `(4, 4)`): of the wanted grid, (z, y, x) indices to RAS world mm.
+        shape: (D, H, W) of the wanted grid.
+
+    Returns:
+        `np.ndarray` of shape `(D, H, W)`, bool; false outside the mask's own grid.
+    """
+    mask = mask.to_canonical()
+    box = boxes_from_affines([affine], shape, mask.affine)[0]
+    result, inside = np.zeros(tuple(shape), dtype=bool), []
+    for axis in range(3):
+        centres = box[axis] + (np.arange(shape[axis]) + 0.5) * (box[axis + 3] - box[axis]) / shape[axis]
+        voxels = np.floor(centres).astype(np.int64)
+        inside.append((np.flatnonzero((voxels >= 0) & (voxels < mask.array.shape[axis])), voxels))
+    rows = [where for where, _ in inside]
+    result[np.ix_(*rows)] = mask.array[np.ix_(*(voxels[where] for where, voxels in inside))] != 0
+    return result
+
+
 __all__ = [
     "LocalisationScore",
     "LocalisationSummary",
@@ -360,6 +383,7 @@ __all__ = [
     "boxes_from_affines",
     "evaluate_localisation",
     "localisation_case",
+    "mask_on_grid",
     "score_attention",
     "summarise_localisation",
     "text_attention",

@@ -5,16 +5,20 @@
 Data sets and readers arrive as arguments; each measurement is a function of its own module.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..geometry_t3d import Volume
 from .classification import LabelledFeatures, evaluate_probe, labelled_shortcuts
 from .encoding import Embeddings, embed_samples, evaluation_samples
+from .figures import plot_attention
 from .leak import measure_leak
-from .localisation import evaluate_localisation, localisation_case
+from .localisation import attention_volume, evaluate_localisation, localisation_case, mask_on_grid, text_attention
 from .probes import study_identity
 from .results import Results
 from .retrieval import DEFAULT_KS
@@ -142,4 +146,41 @@ def evaluate_pretrained(
     return results
 
 
-__all__ = ["evaluate_pretrained", "leak_batches", "localisation_cases"]
+def plot_case(
+    model: torch.nn.Module,
+    processor: Any,
+    prepared: Any,
+    text: str,
+    path: str | os.PathLike,
+    *,
+    lesion: Volume | None = None,
+) -> Path:
+    """PNG of one volume with the attention that a text draws on its grid of local views.
+
+    Args:
+        model: a `T3DForPreTraining`.
+        processor: its `T3DProcessor`.
+        prepared: a `PreparedVolume`; the slices show its model grid.
+        text: a prompt or a report; the title of the figure.
+        path: of the PNG.
+        lesion: mask in any orientation, drawn as a contour; the slices then cross its middle.
+    """
+    views = processor.image_processor.make_views(prepared, "grid")
+    attention = text_attention(model, processor.tokenizer, [text], views.pixel_values)[0]
+    boxes = np.array([[*box.start, *box.stop] for box in views.boxes])
+    shape, outline, center = prepared.array.shape, None, None
+    if lesion is not None:
+        outline = mask_on_grid(lesion, prepared.affine, shape)
+        center = np.median(np.argwhere(outline), axis=0).astype(int) if outline.any() else None
+    return plot_attention(
+        np.asarray(prepared.array),
+        attention_volume(attention, boxes, shape),
+        path,
+        spacing=prepared.spacing,
+        title=text,
+        lesion=outline,
+        center=center,
+    )
+
+
+__all__ = ["evaluate_pretrained", "leak_batches", "localisation_cases", "plot_case"]
