@@ -1,11 +1,8 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Phantoms: the same bits everywhere, physiological values, labels that are true of the image, honest reports."""
+"""Phantoms: the same bits everywhere, physiological values, labels and masks that are true of the image."""
 
-import csv
 import hashlib
-import json
-import re
 import subprocess
 import sys
 import time
@@ -13,31 +10,22 @@ import time
 import numpy as np
 import pytest
 
-from modeling_t3d.data.manifest import read_manifest
-from modeling_t3d.data.phantom_canvas import Canvas, RandomDraws
-from modeling_t3d.data.phantom_reports import describe
-from modeling_t3d.data.phantom_wordings import WORDINGS
 from modeling_t3d.data.phantoms import (
-    EVALUATION_PROMPTS,
     FINDINGS,
     ORGANS,
     PHANTOM_VERSION,
-    PhantomFolderError,
     generate_phantom,
     patient_number,
     phantom_seeds,
     phantom_split,
-    train_phantom_tokenizer,
-    write_phantoms,
 )
-from modeling_t3d.volume_io_t3d import read_volume
 
 FOCAL = [name for name, spec in FINDINGS.items() if spec.extent == "focal"]
 DIFFUSE = [name for name, spec in FINDINGS.items() if spec.extent == "diffuse"]
 COARSE = (12, 12, 12)  # labels, positions and reports do not depend on the grid
 
-# Of version 1: sha256 of the voxels, of both label maps, and of the report. A change here needs a new PHANTOM_VERSION.
-PINNED_VERSION = "1"
+# sha256 of the voxels, of both label maps, and of the report. A change here needs a new PHANTOM_VERSION.
+PINNED_VERSION = "2"
 PINNED = {
     0: "14680710c414398a46b072ba093d07073c0d922807e37652019c86596b02bfb8",
     19: "1772ca00a3a7413ac903150dc3056f6fa50b5581eb1e42434f3e99b06e7230b5",
@@ -49,19 +37,14 @@ PINNED = {
 
 @pytest.fixture(scope="module")
 def coarse():
-    """Fifteen hundred studies without a fine grid."""
-    return [generate_phantom(seed, shape=COARSE) for seed in phantom_seeds("train", 1500)]
+    """Twelve hundred studies without a fine grid."""
+    return [generate_phantom(seed, shape=COARSE) for seed in phantom_seeds("train", 1200)]
 
 
 @pytest.fixture(scope="module")
 def fine():
     """Sixty studies at the default resolution."""
     return [generate_phantom(seed) for seed in phantom_seeds("validation", 60)]
-
-
-@pytest.fixture(scope="module")
-def reports(coarse):
-    return [f"{phantom.findings_text}\n{phantom.impression_text}" for phantom in coarse]
 
 
 def fingerprint(phantom) -> str:
@@ -144,7 +127,7 @@ def test_impossible_requests_are_refused(call, message):
 
 
 def test_studies_of_a_patient_share_the_chronic_findings_and_differ_in_the_scan(coarse):
-    seeds = [seed for seed in range(1, 1500) if patient_number(seed) == patient_number(seed - 1)]
+    seeds = [seed for seed in range(1, 1200) if patient_number(seed) == patient_number(seed - 1)]
     for seed in seeds:
         first, second = coarse[seed - 1], coarse[seed]
         assert first.patient_id == second.patient_id
@@ -225,42 +208,10 @@ def test_noise_has_the_stated_deviation_and_the_kernels_texture(fine):
         assert np.sqrt((upper**2).mean()) == pytest.approx(phantom.scan.noise, rel=0.12)
         assert 15 <= phantom.scan.noise <= 30
         assert abs(np.median(air) + 1000) < 15
-        inside = phantom.volume.array[phantom.organs.shape[0] // 8][phantom.organs[phantom.organs.shape[0] // 8] == 16]
-        assert len(inside)
         line = corner[:, :, 1:] + 1000, corner[:, :, :-1] + 1000
         neighbours.setdefault(phantom.scan.kernel, []).append(np.corrcoef(line[0].ravel(), line[1].ravel())[0, 1])
     means = {kernel: np.mean(values) for kernel, values in neighbours.items()}
     assert means["soft"] > 0.4 > means["standard"] > 0.1 > -0.1 > means["sharp"]
-
-
-@pytest.mark.parametrize("spacing", [(4.0, 4.0, 4.0), (2.0, 1.0, 1.5), (5.0, 3.0, 3.0)])
-@pytest.mark.parametrize("diameter", [4.0, 6.0, 20.0])
-def test_small_lesions_keep_their_volume_and_position(spacing, diameter):
-    draws = RandomDraws(5, int(10 * diameter))
-    volumes, centres = [], []
-    for _ in range(20):
-        canvas = Canvas((24, 30, 30), spacing, (0.0, 0.0, 0.0))
-        canvas.hu[:] = 0.0
-        centre = [draws.uniform(0.4, 0.6) * n * s for n, s in zip(canvas.shape, spacing, strict=True)]
-        canvas.lesion(centre, [diameter / 2] * 3, 1.0, finding=3)
-        weights = canvas.hu / canvas.hu.sum()
-        found = [(weights * axis).sum() for axis in np.meshgrid(*canvas.axes, indexing="ij")]
-        centres.append(np.abs(np.subtract(found, centre)).max())
-        volumes.append(canvas.hu.sum() * np.prod(spacing))
-        assert (canvas.lesions == 3).any()
-        assert set(np.unique(canvas.lesions)) == {0, 3}
-    assert np.mean(volumes) == pytest.approx(np.pi / 6 * diameter**3, rel=0.03)
-    assert max(centres) < 0.3 * max(spacing)
-
-
-def test_ellipsoids_keep_their_volume():
-    for radii in ((12.0, 20.0, 30.0), (40.0, 25.0, 25.0)):
-        canvas = Canvas((40, 40, 40), (3.0, 3.0, 3.0), (-58.0, -59.0, -57.5))
-        canvas.hu[:] = 0.0
-        canvas.ellipsoid((0.0, 0.0, 0.0), radii, 1.0, angle=0.7, organ=5)
-        expected = 4 / 3 * np.pi * np.prod(radii)
-        assert canvas.hu.sum() * 27.0 == pytest.approx(expected, rel=0.04)
-        assert (canvas.organs == 5).sum() * 27.0 == pytest.approx(expected, rel=0.04)
 
 
 # Findings
@@ -280,8 +231,8 @@ def test_prevalences_are_as_stated_and_findings_correlate_mildly(coarse):
     labels = np.array([list(phantom.labels.values()) for phantom in coarse])
     for column, spec in zip(labels.T, FINDINGS.values(), strict=True):
         assert 0.03 <= spec.prevalence <= 0.45
-        # Studies of a patient are not independent: four deviations of 1050 patients.
-        assert column.mean() == pytest.approx(spec.prevalence, abs=4 * np.sqrt(spec.prevalence / 1050))
+        # Studies of a patient are not independent: four deviations of 840 patients.
+        assert column.mean() == pytest.approx(spec.prevalence, abs=4 * np.sqrt(spec.prevalence / 840))
     correlation = np.corrcoef(labels.T) - np.eye(len(FINDINGS))
     assert np.abs(correlation).max() < 0.25
     names = list(FINDINGS)
@@ -414,206 +365,6 @@ def test_scan_settings_are_independent_of_the_findings(coarse):
     both = np.corrcoef(np.concatenate([settings, labels], axis=1).T)
     cross = both[: settings.shape[1], settings.shape[1] :]
     assert np.abs(cross).max() < 4.5 / np.sqrt(len(coarse))
-
-
-# Reports
-
-
-# What a report must mention, one of them, for each finding that is there.
-MARKS = {
-    "emphysema": "emphysem",
-    "pleural effusion": "pleural (effusion|fluid|space)",
-    "cardiomegaly": "cardiomegaly|enlarge",
-    "consolidation": "consolidation|opacity",
-    "ascites": "ascites|fluid",
-    "hepatic steatosis": "steatosis|fatty",
-    "lung nodule": "nodule",
-    "liver cyst": "cyst",
-    "liver metastasis": "metasta",
-    "kidney cyst": "cyst",
-    "kidney stone": "stone|calcul|nephrolithiasis",
-    "coronary calcification": "coronary|artery",
-    "aortic calcification": "aort",
-    "lymphadenopathy": "lymph node|lymphadenopathy",
-}
-
-
-def test_reports_state_what_is_there_and_never_deny_it(coarse):
-    for phantom in coarse:
-        text = f"{phantom.findings_text} {phantom.impression_text}".lower()
-        sentences = re.split(r"[.\n:](?=\s|$)|;", phantom.findings_text.lower())
-        for name, label in phantom.labels.items():
-            lesions = [lesion for lesion in phantom.findings if lesion.finding == name]
-            if label:
-                key = MARKS[name]
-                assert re.search(key, text), (name, phantom.findings_text)
-                for denied in WORDINGS[name].absent:
-                    for sentence in sentences:
-                        if re.match(r"\s*(no|without|absent|not|there is no)\b", sentence):
-                            assert not re.search(rf"\b{re.escape(denied)}\b", sentence), (name, sentence)
-            else:
-                assert not lesions
-
-
-def test_reports_vary(coarse, reports):
-    assert len(set(reports)) > 0.99 * len(reports)
-    words = [len(report.split()) for report in reports]
-    assert min(words) >= 15
-    assert max(words) <= 300
-    # Absent findings are denied in some reports and left out in others.
-    for name in FINDINGS:
-        absent = [r.lower() for r, p in zip(reports, coarse, strict=True) if not p.labels[name]]
-        named = np.mean([any(noun in report for noun in WORDINGS[name].absent) for report in absent])
-        assert 0.2 < named < 0.95, (name, named)
-    assert 0.2 < np.mean(["\n" in phantom.findings_text for phantom in coarse]) < 0.5
-    openings = {report.split(".")[0] for report in reports}
-    assert len(openings) > 500
-
-
-def test_sizes_and_sides_in_the_text_are_those_of_the_lesions(coarse):
-    draws = RandomDraws(77)
-    checked = 0
-    for phantom in coarse[:600]:
-        lesions = [lesion for lesion in phantom.findings if lesion.finding == "kidney stone"]
-        if len(lesions) == 1:
-            text = describe("kidney stone", lesions, draws)
-            size = round(lesions[0].size_mm)
-            assert f"{size} mm" in text or f"{size / 10:.1f} cm" in text
-            assert lesions[0].side in text.lower()
-            assert ("left" if lesions[0].side == "right" else "right") not in text.lower()
-            checked += 1
-    assert checked >= 10
-
-
-def test_prompts_come_in_pairs_for_every_finding():
-    assert set(EVALUATION_PROMPTS) == set(FINDINGS)
-    for name, pairs in EVALUATION_PROMPTS.items():
-        assert len(pairs) >= 3
-        for positive, negative in pairs:
-            assert name in positive.lower()
-            assert name in negative.lower()
-            assert positive != negative
-
-
-def test_prompt_wordings_never_occur_in_reports(reports):
-    """Neither the sentences nor their frames around any of the finding's names, though every word is known."""
-    check_wordings(reports)
-
-
-@pytest.mark.slow
-def test_prompt_wordings_never_occur_in_many_reports():
-    phantoms = (generate_phantom(seed, shape=COARSE) for seed in phantom_seeds("validation", 6000))
-    check_wordings([f"{phantom.findings_text}\n{phantom.impression_text}" for phantom in phantoms])
-
-
-def check_wordings(reports):
-    spoken = " ".join(reports).lower()
-    spoken = " ".join(re.findall(r"[a-z]+", spoken))
-    words = set(spoken.split())
-    names = sorted({noun for wording in WORDINGS.values() for noun in wording.absent} | set(FINDINGS), key=len)
-    for name, pairs in EVALUATION_PROMPTS.items():
-        for prompt in (prompt for pair in pairs for prompt in pair):
-            plain = " ".join(re.findall(r"[a-z]+", prompt.lower()))
-            assert set(plain.split()) <= words, (prompt, set(plain.split()) - words)
-            for other in names:
-                assert plain.replace(name, other) not in spoken
-    for frame in (" is present", " is not present", "is positive for", "is negative for", "there are signs of"):
-        assert frame not in spoken
-
-
-# Tokenizer
-
-
-def test_tokenizer_is_deterministic_small_and_lossless(reports, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = train_phantom_tokenizer(reports[:800], vocab_size=1200)
-    again = train_phantom_tokenizer(reports[:800], vocab_size=1200)
-    assert tokenizer.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
-    assert len(tokenizer) <= 1200
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "No Pleural effusion; 1.5 cm nodule (right upper lobe)."
-    encoded = loaded(text, "Second.", return_tensors="np")
-    assert encoded["input_ids"].tolist() == tokenizer(text, "Second.", return_tensors="np")["input_ids"].tolist()
-    assert set(encoded) == {"input_ids", "token_type_ids", "attention_mask"}
-    assert loaded.convert_ids_to_tokens(encoded["input_ids"][0])[0] == "[CLS]"
-    assert encoded["input_ids"][0, -1] == loaded.sep_token_id
-    assert encoded["token_type_ids"].max() == 1
-    assert loaded.unk_token_id not in loaded(reports).input_ids[0]
-    prompts = [prompt for pairs in EVALUATION_PROMPTS.values() for pair in pairs for prompt in pair]
-    assert not any(loaded.unk_token_id in ids for ids in loaded(reports[800:] + prompts).input_ids)
-    assert max(len(ids) for ids in loaded(reports).input_ids) <= 512
-    assert loaded.decode(loaded(reports[0]).input_ids, skip_special_tokens=True).split() == reports[0].lower().split()
-    batch = loaded(["a", "no effusion"], padding=True)
-    assert batch["input_ids"][0][-1] == loaded.pad_token_id
-
-
-# Files
-
-
-def test_written_files_read_back_as_the_phantom(tmp_path):
-    seeds = [*phantom_seeds("train", 8), *phantom_seeds("test", 2)]
-    shape = (26, 18, 24)
-    manifest = write_phantoms(tmp_path / "set", seeds, masks=True, shape=shape, compress=False)
-    rows = list(csv.DictReader(manifest.open(encoding="utf-8")))
-    assert [row["split"] for row in rows] == ["train"] * 8 + ["test"] * 2
-    orders = set()
-    for seed, row in zip(seeds, rows, strict=True):
-        phantom = generate_phantom(seed, shape=shape)
-        stored = read_volume(manifest.parent / row["volume"])
-        canonical = stored.to_canonical()
-        assert np.array_equal(canonical.array, phantom.volume.array)
-        np.testing.assert_allclose(canonical.affine, phantom.volume.affine, atol=1e-3)
-        orders.add(stored.array.shape + tuple(np.sign(stored.affine[:3, :3].sum(axis=0))))
-        masks = json.loads(row["masks"])
-        for kind, array in (("lesions", phantom.lesions), ("organs", phantom.organs)):
-            assert np.array_equal(read_volume(manifest.parent / masks[kind]).to_canonical().array, array)
-        assert row["findings"] == phantom.findings_text
-        assert row["impression"] == phantom.impression_text
-        assert {name: int(row[f"label:{name}"]) for name in FINDINGS} == phantom.labels
-    assert len(orders) >= 6
-
-
-def test_manifest_is_one_that_training_reads(tmp_path):
-    path = write_phantoms(tmp_path, phantom_seeds("train", 3), shape=(14, 14, 14), masks=True)
-    rows = read_manifest(path).rows
-    assert len(rows) == 3
-    assert all(row.volume.exists() and row.masks["lesions"].exists() for row in rows)
-    assert set(rows[0].labels) == set(FINDINGS)
-    assert rows[0].patient_id == "phantom-patient-00000000"
-
-
-def test_interrupted_writing_is_finished_and_finished_files_are_kept(tmp_path):
-    first = write_phantoms(tmp_path, range(3), shape=(14, 14, 14))
-    kept = tmp_path / "volumes" / "phantom-00000000.nii.gz"
-    lost = tmp_path / "volumes" / "phantom-00000001.nii.gz"
-    before, content, text = kept.stat().st_mtime_ns, lost.read_bytes(), first.read_text(encoding="utf-8")
-    lost.unlink()
-    time.sleep(0.01)
-    again = write_phantoms(tmp_path, range(3), shape=(14, 14, 14))
-    assert again.read_text(encoding="utf-8") == text
-    assert kept.stat().st_mtime_ns == before
-    assert read_volume(lost).array.shape
-    assert len(lost.read_bytes()) == len(content)
-    assert not list(tmp_path.rglob(".*"))
-
-
-def test_a_folder_of_another_version_is_refused(tmp_path):
-    write_phantoms(tmp_path, range(1), shape=(14, 14, 14))
-    note = tmp_path / "phantoms.json"
-    note.write_text(note.read_text().replace(f'"version": "{PHANTOM_VERSION}"', '"version": "0"'))
-    with pytest.raises(PhantomFolderError, match="another folder"):
-        write_phantoms(tmp_path, range(1), shape=(14, 14, 14))
-
-
-@pytest.mark.slow
-def test_workers_write_the_same_files(tmp_path):
-    one = write_phantoms(tmp_path / "one", range(4), shape=(14, 14, 14), compress=False)
-    two = write_phantoms(tmp_path / "two", range(4), num_workers=2, shape=(14, 14, 14), compress=False)
-    assert one.read_bytes() == two.read_bytes()
-    for path in sorted((tmp_path / "one" / "volumes").iterdir()):
-        assert path.read_bytes() == (tmp_path / "two" / "volumes" / path.name).read_bytes()
 
 
 def test_generation_takes_at_most_60_ms_on_one_core():

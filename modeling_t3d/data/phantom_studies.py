@@ -30,7 +30,7 @@ from .phantom_scan import NOMINAL_RESOLUTION, ScanSettings, draw_scan, finish, w
 from .phantom_scene import Scene
 
 # Raised by every change that alters a volume, a mask, a label or a report; results of two versions do not compare.
-PHANTOM_VERSION = "1"
+PHANTOM_VERSION = "2"
 
 STUDIES_PER_PATIENT = (1, 1, 2, 1, 3, 1, 1)  # of seven patients that share ten seeds
 SPLIT_STARTS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
