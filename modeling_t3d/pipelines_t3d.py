@@ -2,6 +2,9 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """The zero-shot pipeline: scans and label names in, sorted scores out. Reading and cutting is the processor's work."""
 
+# Pipelines state flags and narrower signatures for their steps by overriding `Pipeline`'s, whose types forbid both.
+# mypy: disable-error-code="override,assignment"
+
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,13 +39,14 @@ def _parse_labels(candidate_labels: str | Sequence[str] | None) -> list[str]:
 def _parse_templates(hypothesis_template: str | Sequence[str], absent_template: str) -> tuple[str, str]:
     """The (present, absent) templates of a pair, or of a single template and the `absent_template` beside it."""
     single = isinstance(hypothesis_template, str)
-    templates = (hypothesis_template, absent_template) if single else tuple(hypothesis_template)
+    templates = [hypothesis_template, absent_template] if single else list(hypothesis_template)
     if len(templates) != 2:
         raise ValueError(f"hypothesis_template must be one template or a (present, absent) pair, got {templates!r}")
-    for template in templates:
+    present, absent = map(str, templates)
+    for template in (present, absent):
         if template.count("{}") != 1:
             raise ValueError(f"hypothesis_template {template!r} must hold {{}} exactly once, where the label goes")
-    return templates
+    return present, absent
 
 
 def _trained_on_phantoms_alone(provenance: dict | None) -> bool:
@@ -71,6 +75,10 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
     [{'label': 'pleural effusion', 'score': 0.93}, {'label': 'lung nodule', 'score': 0.21}]
 
     ```"""
+
+    model: Any
+    processor: Any
+    tokenizer: Any
 
     _load_processor = True
     _load_image_processor = False
@@ -221,7 +229,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         """Scaled similarities (batch, prompts), in float32; the bias of a sigmoid loss cancels in every score."""
         model = self.model.base_model
         features = model.vision_model(model_inputs["pixel_values"]).pooler_output
-        if model.config.view_fusion != "global":
+        if local_pixel_values is not None:
             mask = model_inputs["local_mask"]
             local_features = self._encode_local_views(local_pixel_values, mask, view_batch_size, features)
             features = model.fuse_views(features, local_features, mask, model_inputs["local_positions"])

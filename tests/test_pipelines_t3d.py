@@ -247,7 +247,7 @@ def test_dtype_follows_the_pipeline(tmp_path, scan):
     tiny_processor().save_pretrained(tmp_path)
     full = pipeline(TASK, model=str(tmp_path), device="cpu")
     half = pipeline(TASK, model=str(tmp_path), device="cpu", dtype=torch.bfloat16)
-    assert half.model.dtype == torch.bfloat16
+    assert half.model.vision_model.dtype == torch.bfloat16
     assert by_label(half(scan, LABELS)) == pytest.approx(by_label(full(scan, LABELS)), abs=0.1)
 
 
