@@ -102,7 +102,7 @@ def run_case(case: str, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     terms = ("loss", "loss_gca", "loss_tma", "log_num_candidates", "num_valid_anchors", "num_skipped_pairs")
     return {
         "terms": {term: getattr(output, term).item() for term in terms if getattr(output, term) is not None},
-        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "gradients": {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad},
     }
 
 
