@@ -185,7 +185,9 @@ def test_a_copy_inside_another_repository_has_no_commit(tmp_path):
     git = shutil.which("git")
     if git is None:
         pytest.skip("git is not installed")
+    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
     subprocess.run([git, "init", "-q", str(tmp_path)], check=True)
+    subprocess.run([git, "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     shutil.copy(protocol_module.__file__, tmp_path / "protocol.py")
     script = "import protocol; print(protocol.source_commit())"
     finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

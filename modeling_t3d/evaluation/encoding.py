@@ -254,14 +254,10 @@ def embed_samples(
         max_report_tokens: longer reports are cut and counted.
     """
     base = model.base_model
-    # The global fusion never reads local views: leaving them out saves their pass through the tower.
-    uses_local = model.config.view_fusion != "global"
     embeds, features, masks, rows = [], [], [], []
     with evaluation_mode(model):
         for batch in batches_of(samples, batch_size):
             inputs = {name: value.to(model.device) for name, value in stack_samples(batch).items()}
-            if not (uses_local or with_view_features):
-                inputs = {name: value for name, value in inputs.items() if name not in LOCAL_INPUTS}
             output = base.get_image_features(**inputs, output_local_hidden_state=with_view_features)
             embeds.append(_unit(output.pooler_output))
             if with_view_features:
