@@ -5,6 +5,9 @@
 import csv
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from modeling_t3d.data.phantom_studies import phantom_seeds
 from modeling_t3d.training.arguments import load_configuration
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "examples" / "configs" / "quickstart.yaml"
 CTS = (
     "totalsegmentator_abdomen/ct.nii.gz",
     "totalsegmentator_abdomen/ct_small.nii.gz",
@@ -46,22 +50,22 @@ def phantoms(tmp_path_factory) -> Path:
 
 def settings_for(manifest: Path, output_dir: Path, *overrides: str):
     """The quickstart's settings, made tiny."""
-    return load_configuration(
-        ROOT / "examples" / "configs" / "quickstart.yaml",
-        [
-            f"data.manifest={manifest}",
-            "data.num_preparation_workers=0",
-            "image_processor={spacing: [8, 8, 8], global_size: [16, 16, 16], local_size: [8, 8, 8],"
-            " num_local_views: 2}",
-            f"model.overrides={json.dumps({'vision_config': VISION})}",
-            f"training.output_dir={output_dir}",
-            "training.per_device_train_batch_size=2",
-            "training.max_steps=3",
-            "training.save_steps=2",
-            "training.use_cpu=true",
-            *overrides,
-        ],
-    )
+    return load_configuration(QUICKSTART, settings_overrides(manifest, output_dir, *overrides))
+
+
+def settings_overrides(manifest: Path, output_dir: Path, *overrides: str) -> list[str]:
+    return [
+        f"data.manifest={manifest}",
+        "data.num_preparation_workers=0",
+        "image_processor={spacing: [8, 8, 8], global_size: [16, 16, 16], local_size: [8, 8, 8], num_local_views: 2}",
+        f"model.overrides={json.dumps({'vision_config': VISION})}",
+        f"training.output_dir={output_dir}",
+        "training.per_device_train_batch_size=2",
+        "training.max_steps=3",
+        "training.save_steps=2",
+        "training.use_cpu=true",
+        *overrides,
+    ]
 
 
 def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
@@ -160,3 +164,30 @@ def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
     card = (folder / "README.md").read_text()
     assert "license: other" in card
     assert "synthetic" not in card
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(phantoms, tmp_path):
+    """The script under torchrun: same losses and gradient norms as one process with the whole batch."""
+    logs = []
+    for num_processes in (1, 2):
+        output_dir = tmp_path / f"{num_processes}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        overrides = settings_overrides(
+            phantoms,
+            output_dir,
+            f"training.per_device_train_batch_size={4 // num_processes}",
+            f"training.num_processes={num_processes}",
+            "training.logging_steps=1",
+            "training.max_steps=2",
+            "data.validation_split=validation",
+            "model.overrides={text_config: {hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}}",
+        )
+        command = [sys.executable, *launcher, str(ROOT / "examples" / "pretrain.py"), "--config", str(QUICKSTART)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *overrides], env=environment, check=True, cwd=tmp_path)
+        logs.append([json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()])
+    for one, two in zip(*logs, strict=True):
+        for name in ("loss", "loss_gca", "loss_tma", "grad_norm"):
+            assert one.get(name) == pytest.approx(two.get(name), rel=1e-3)
+        assert one.get("macro_auroc") == pytest.approx(two.get("macro_auroc"), abs=0.05)
