@@ -56,6 +56,9 @@ def _register() -> None:
     AutoModelForZeroShotImageClassification.register(T3DConfig, T3DModel, exist_ok=True)
     AutoModelForPreTraining.register(T3DConfig, T3DForPreTraining, exist_ok=True)
     AutoModelForImageClassification.register(T3DVisionConfig, T3DForImageClassification, exist_ok=True)
+    # A dual encoder's folder too starts a classifier, which takes the vision tower's part of its configuration;
+    # `register` itself knows one configuration per class.
+    AutoModelForImageClassification._model_mapping.register(T3DConfig, T3DForImageClassification, exist_ok=True)
     T3DVisionModel.register_for_auto_class("AutoModel")
     T3DModel.register_for_auto_class("AutoModel")
     T3DForPreTraining.register_for_auto_class("AutoModelForPreTraining")

@@ -305,6 +305,12 @@ class T3DConfig(PreTrainedConfig):
                 f"num_frozen_text_layers={self.num_frozen_text_layers}, but the text tower has {depth} layers"
             )
 
+    def to_vision_config(self) -> T3DVisionConfig:
+        """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""
+        config = deepcopy(self.vision_config)
+        config.id2label, config.label2id, config.problem_type = self.id2label, self.label2id, self.problem_type
+        return config
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "T3DConfig":
         """

@@ -52,6 +52,20 @@ from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DVisionM
 # Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
 _MAX_POOLED_ELEMENTS = 2**26
 
+# Transformers would name the saved class's own Auto class alone; a folder serves every model that can load from it.
+_AUTO_MAPS = {
+    "t3d": {
+        "AutoModel": "modeling_t3d.T3DModel",
+        "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
+        "AutoModelForPreTraining": "modeling_t3d.T3DForPreTraining",
+        "AutoModelForZeroShotImageClassification": "modeling_t3d.T3DModel",
+    },
+    "t3d_vision_model": {
+        "AutoModel": "modeling_t3d.T3DVisionModel",
+        "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
+    },
+}
+
 # Keys of a pre-training checkpoint carry one prefix more than those of the dual encoder.
 _PRETRAINING_PREFIX = r"^t3d\."
 
@@ -107,6 +121,18 @@ class T3DPreTrainedModel(PreTrainedModel):
             ):
                 init.xavier_uniform_(projection.weight)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights; the exponents, which stay in float32, do not speak for the model."""
+        exponents = self._keep_in_fp32_modules_strict
+        names = (name for name, _ in self.named_parameters() if name.rpartition(".")[2] not in exponents)
+        return self.get_parameter(next(names)).dtype
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; the folder then answers to every Auto class that has a T3D model for it."""
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **_AUTO_MAPS[self.config.model_type]}
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike | None, *model_args, **kwargs):
         r"""
@@ -115,6 +141,8 @@ class T3DPreTrainedModel(PreTrainedModel):
         """
         nests_vision_model = cls.base_model_prefix == "vision_model"
         if nests_vision_model:
+            if isinstance(kwargs.get("config"), T3DConfig):  # what an Auto class reads in a dual encoder's folder
+                kwargs["config"] = kwargs["config"].to_vision_config()
             kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), _PRETRAINING_PREFIX: ""}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -206,6 +234,9 @@ class T3DModel(T3DPreTrainedModel):
     (1, 2)
 
     ```"""
+
+    # A pre-training folder holds one module more.
+    _keys_to_ignore_on_load_unexpected = [r"^multi_view_alignment\."]  # noqa: RUF012
 
     def __init__(self, config: T3DConfig):
         super().__init__(config)
