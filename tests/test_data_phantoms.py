@@ -175,8 +175,8 @@ def test_right_is_right(fine):
 HEALTHY_HU = {  # by organ: range of the mean HU without contrast, and with
     "right lung": ((-885, -765), (-885, -765)),
     "left lung": ((-885, -765), (-885, -765)),
-    "liver": ((45, 70), (60, 125)),
-    "spleen": ((38, 58), (85, 135)),
+    "liver": ((42, 70), (52, 125)),
+    "spleen": ((35, 58), (75, 135)),
     "aorta": ((30, 60), (110, 340)),
     "right kidney": ((15, 45), (50, 150)),
     "muscle": ((22, 65), (22, 70)),
