@@ -104,7 +104,7 @@ def test_refusal_of_a_batch_without_two_pairs(model):
 
 def test_losses_are_averaged_over_batches(model):
     small, large = batch_of(num_pairs=2), batch_of(num_pairs=4)
-    alone = [measure_leak(model, [batch]) for batch in (small, large)]
+    alone = [measure_leak(model, batch) for batch in (small, large)]
     both = measure_leak(model, iter([small, large]))
     assert both.loss == pytest.approx((alone[0].loss + alone[1].loss) / 2)
     assert math.log(both.num_candidates) == pytest.approx((math.log(5) + math.log(11)) / 2)

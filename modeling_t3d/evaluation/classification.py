@@ -81,12 +81,12 @@ def evaluate_probe(
         seed=seed,
     )
     scores, labels, patient_ids = to_units(scores, test.labels, test.study_ids, test.patient_ids, unit)
-    bootstrap = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     return score_findings(labels, scores, findings, patient_ids, groups=groups, **bootstrap)
 
 
 def evaluate_classifier(
-    model: torch.nn.Module,
+    model: Any,
     samples: Iterable[Mapping[str, Any]],
     findings: Sequence[str],
     *,
@@ -115,11 +115,11 @@ def evaluate_classifier(
             ]
     if not rows:
         raise ValueError("there is nothing to evaluate: the samples are empty")
-    labels, study_ids, patient_ids = zip(*rows, strict=True)
+    known, study_ids, patient_ids = zip(*rows, strict=True)
     scores, labels, patients = to_units(
-        torch.cat(probabilities).numpy(), np.array(labels), study_ids, patient_ids, unit
+        torch.cat(probabilities).numpy(), np.array(known), study_ids, patient_ids, unit
     )
-    bootstrap = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     return score_findings(labels, scores, findings, patients, groups=groups, **bootstrap)
 
 

@@ -50,7 +50,7 @@ class Embeddings:
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """No gradients, no dropout; the training mode is restored, also after an error."""
     was_training = model.training
     model.eval()
@@ -66,15 +66,13 @@ def _unit(embeds: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu()
 
 
-def token_limit(model: torch.nn.Module, tokenizer: Any, max_report_tokens: int = 512) -> int:
+def token_limit(model: Any, tokenizer: Any, max_report_tokens: int = 512) -> int:
     """Longest text in tokens that the tokenizer and the text tower both take, at most `max_report_tokens`."""
     positions = model.config.text_config.max_position_embeddings
     return min(tokenizer.model_max_length, positions, max_report_tokens)
 
 
-def _encode_texts(
-    model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int, limit: int
-) -> torch.Tensor:
+def _encode_texts(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, limit: int) -> torch.Tensor:
     """Unit-norm embeddings (num_texts, D) of texts, cut at `limit` tokens."""
     base = model.base_model
     embeds = []
@@ -97,9 +95,7 @@ def _num_too_long(tokenizer: Any, texts: Sequence[str], limit: int) -> int:
     return sum(len(ids) > limit for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
 
 
-def encode_prompts(
-    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], batch_size: int = 64
-) -> torch.Tensor:
+def encode_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
     """Unit-norm embeddings of prompts, each computed once; a prompt that would be cut is an error.
 
     Args:
@@ -123,7 +119,7 @@ def encode_prompts(
 
 
 def encode_reports(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: Any,
     reports: Sequence[str],
     *,
@@ -229,7 +225,7 @@ def label_row(labels: Mapping[str, Any], findings: Sequence[str]) -> list[float]
 
 
 def embed_samples(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     samples: Iterable[Mapping[str, Any]],
     findings: Sequence[str] = (),

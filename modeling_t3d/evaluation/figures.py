@@ -72,7 +72,7 @@ def plot_attention(
             panel.set_yticks([])
             panel.set_xlabel(f"{left}{' ' * 30}{right}", fontsize=8)
             panel.set_title(f"{name}, slice {index}" if row == 0 else "with attention", fontsize=9)
-    figure.colorbar(shown, ax=axes, shrink=0.5, label="attention (sums to 1 within each view)")
+    figure.colorbar(shown, ax=axes, shrink=0.5, label="attention")
     figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=10)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

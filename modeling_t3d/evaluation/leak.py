@@ -93,14 +93,14 @@ def shuffle_views(batch: Mapping[str, Any], generator: torch.Generator | None = 
 
 @torch.no_grad()
 def measure_leak(
-    model: torch.nn.Module, batches: Iterable[Mapping[str, Any]], *, num_shuffles: int = 1, seed: int = 0
+    model: Any, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, num_shuffles: int = 1, seed: int = 0
 ) -> LeakReport:
     """Recompute the multi-view alignment of a `T3DForPreTraining` with shuffled views, in evaluation mode.
 
     Args:
         model: its outputs hold `loss_tma` and `log_num_candidates`; its training mode is restored.
-        batches: the model's keyword arguments, each with at least two pairs and their local views; moved to the
-            model's device. Losses are averaged over them.
+        batches: the model's keyword arguments, one batch or several, each with at least two pairs and their local
+            views; moved to the model's device. Losses are averaged over batches.
         num_shuffles: independent shuffles per batch.
         seed: of the shuffles.
     """
@@ -109,7 +109,7 @@ def measure_leak(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
+        for batch in [batches] if isinstance(batches, Mapping) else batches:
             views = batch.get("local_pixel_values")
             if views is None or len(views) < 2:
                 raise ValueError("the leak control needs local_pixel_values of at least two pairs in every batch")

@@ -252,20 +252,16 @@ def localisation_case(
     }
 
 
-def text_attention(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    texts: Sequence[str],
-    local_pixel_values: torch.Tensor,
-    view_batch_size: int = 8,
+def attention_of_texts(
+    model: Any, tokenizer: Any, texts: Sequence[str], local_pixel_values: torch.Tensor, view_batch_size: int = 8
 ) -> np.ndarray:
-    """Attention of one volume's views to each text.
+    """Attention of one volume's views to each of several texts; every view is encoded once.
 
     Args:
         model: a `T3DForPreTraining`.
         tokenizer: the processor's.
         texts: prompts or reports.
-        local_pixel_values (`torch.Tensor` of shape `(S, C, d, h, w)`): the views; each is encoded once.
+        local_pixel_values (`torch.Tensor` of shape `(S, C, d, h, w)`): the views.
         view_batch_size: views that pass through the tower at once.
 
     Returns:
@@ -281,8 +277,18 @@ def text_attention(
     return attention.float().cpu().numpy()
 
 
+def text_attention(
+    model: Any, tokenizer: Any, prompts: Sequence[str], local_pixel_values: torch.Tensor, view_batch_size: int = 8
+) -> np.ndarray:
+    """Attention of one volume's views to a finding: the mean map over wordings, (S, d', h', w').
+
+    Arguments as in [`attention_of_texts`].
+    """
+    return attention_of_texts(model, tokenizer, prompts, local_pixel_values, view_batch_size).mean(axis=0)
+
+
 def evaluate_localisation(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     cases: Iterable[Mapping[str, Any]],
     prompts: Mapping[str, Sequence[tuple[str, str]]],
@@ -313,7 +319,7 @@ def evaluate_localisation(
             raise ValueError(f"no prompts for the lesion {missing[0]!r}; add them or leave the lesion out")
         wordings = {finding: [positive for positive, _ in prompts[finding]] for finding in case["lesions"]}
         texts = [text for texts in wordings.values() for text in texts]
-        attention = text_attention(model, processor.tokenizer, texts, case["local_pixel_values"], view_batch_size)
+        attention = attention_of_texts(model, processor.tokenizer, texts, case["local_pixel_values"], view_batch_size)
         # Several wordings of a finding: their mean map.
         ends = np.cumsum([len(texts) for texts in wordings.values()])
         for (finding, mask), maps in zip(case["lesions"].items(), np.split(attention, ends[:-1]), strict=True):
@@ -322,7 +328,7 @@ def evaluate_localisation(
             for name in ("all", finding):
                 scores.setdefault(name, []).append(score)
                 patients.setdefault(name, []).append(case["patient_id"])
-    settings = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    settings: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     return {name: summarise_localisation(scores[name], patients[name], **settings) for name in scores}
 
 
@@ -379,6 +385,7 @@ def mask_on_grid(mask: Volume, affine: np.ndarray, shape: Sequence[int]) -> np.n
 __all__ = [
     "LocalisationScore",
     "LocalisationSummary",
+    "attention_of_texts",
     "attention_volume",
     "boxes_from_affines",
     "evaluate_localisation",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..geometry_t3d import Volume
 from .classification import LabelledFeatures, evaluate_probe, labelled_shortcuts
@@ -60,7 +59,7 @@ def _as_features(embeddings: Embeddings) -> LabelledFeatures:
 
 
 def evaluate_pretrained(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     test: Any,
     prompts: PromptPairs,
@@ -102,7 +101,7 @@ def evaluate_pretrained(
         leak_batch_size, max_leak_batches: pairs per batch, and batches, of the leak control.
     """
     findings = list(prompts)
-    bootstrap = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     views = processor.image_processor.num_local_views if views is None else views
 
     def embed(dataset: Any, **settings: bool) -> Embeddings:
@@ -129,14 +128,15 @@ def evaluate_pretrained(
         ks=ks,
         **bootstrap,
     )
-    results.study_identity = study_identity(embeddings.view_features, embeddings.study_ids, embeddings.view_mask)
-    settings = {"groups": groups, "unit": unit, **bootstrap}
+    if embeddings.view_features is not None:
+        results.study_identity = study_identity(embeddings.view_features, embeddings.study_ids, embeddings.view_mask)
+    settings: dict[str, Any] = {"groups": groups, "unit": unit, **bootstrap}
     if train is not None and read_volume is not None:
-        shortcuts = (labelled_shortcuts(part.rows, findings, read_volume) for part in (train, test))
-        results.comparisons["shortcut baseline"] = evaluate_probe(*shortcuts, findings, **settings)
+        known, unseen = (labelled_shortcuts(part.rows, findings, read_volume) for part in (train, test))
+        results.comparisons["shortcut baseline"] = evaluate_probe(known, unseen, findings, **settings)
     if train is not None:
-        frozen = _as_features(embed(train, with_reports=False)), _as_features(embeddings)
-        results.comparisons["linear probe"] = evaluate_probe(*frozen, findings, **settings)
+        known, unseen = _as_features(embed(train, with_reports=False)), _as_features(embeddings)
+        results.comparisons["linear probe"] = evaluate_probe(known, unseen, findings, **settings)
     if collator is not None and model.config.lambda_tma > 0:
         batches = leak_batches(test, collator, min(leak_batch_size, len(test)), max_leak_batches)
         results.leak = measure_leak(model, batches, seed=seed)
@@ -147,7 +147,7 @@ def evaluate_pretrained(
 
 
 def plot_case(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     prepared: Any,
     text: str,
@@ -166,7 +166,9 @@ def plot_case(
         lesion: mask in any orientation, drawn as a contour; the slices then cross its middle.
     """
     views = processor.image_processor.make_views(prepared, "grid")
-    attention = text_attention(model, processor.tokenizer, [text], views.pixel_values)[0]
+    attention = text_attention(model, processor.tokenizer, [text], views.pixel_values)
+    # Sums to one in each view; relative to a view's even share, views can stand in one picture.
+    attention = attention * attention[0].size
     boxes = np.array([[*box.start, *box.stop] for box in views.boxes])
     shape, outline, center = prepared.array.shape, None, None
     if lesion is not None:

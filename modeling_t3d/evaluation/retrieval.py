@@ -162,7 +162,7 @@ def summarise_ranks(
             continue
         hits = ranked.ranks <= k
         replicates = bootstrap_mean(hits, patient_ids, num_resamples=num_resamples, seed=seed)
-        recall[k] = percentile_interval(hits.mean(), replicates, confidence)
+        recall[k] = percentile_interval(float(hits.mean()), replicates, confidence)
         chance[k] = chance_recall(ranked.num_right, ranked.num_candidates, k)
     return RetrievalMetrics(
         recall=recall,
@@ -202,8 +202,8 @@ def report_volume_retrieval(
     """
     if unit not in ("study", "reconstruction"):
         raise ValueError(f'unit must be "study" or "reconstruction", got {unit!r}')
-    report_rows = first_of_each(study_ids)
-    volume_rows = report_rows if unit == "study" else np.arange(len(image_embeds))
+    report_rows = first_of_each(study_ids).tolist()
+    volume_rows = report_rows if unit == "study" else list(range(len(image_embeds)))
     sides = {
         "volume": (np.asarray(image_embeds)[volume_rows], volume_rows),
         "report": (np.asarray(text_embeds)[report_rows], report_rows),
@@ -310,7 +310,7 @@ def volume_volume_retrieval(
     intervals = {}
     for k in ks if patients else ():
         replicates = bootstrap_mean(np.array(values[k]), patients, num_resamples=num_resamples, seed=seed)
-        intervals[k] = percentile_interval(np.mean(values[k]), replicates, confidence)
+        intervals[k] = percentile_interval(float(np.mean(values[k])), replicates, confidence)
     return VolumeRetrievalMetrics(
         mean_average_precision=intervals,
         chance=float(np.mean(shares)) if shares else float("nan"),

@@ -39,7 +39,10 @@ def make_prompts(
     ```
     """
     return {
-        finding: [tuple(side.replace("{}", finding) for side in pair) for pair in templates] for finding in findings
+        finding: [
+            (positive.replace("{}", finding), negative.replace("{}", finding)) for positive, negative in templates
+        ]
+        for finding in findings
     }
 
 
@@ -57,9 +60,7 @@ def mean_prompt_embeds(embeds: torch.Tensor, counts: Sequence[int]) -> torch.Ten
     return torch.nn.functional.normalize(means, dim=-1)
 
 
-def encode_prompt_pairs(
-    model: torch.nn.Module, tokenizer: Any, prompts: PromptPairs
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_prompt_pairs(model: Any, tokenizer: Any, prompts: PromptPairs) -> tuple[torch.Tensor, torch.Tensor]:
     """Positive and negative embeddings of each finding, two tensors (num_findings, D) of unit norm."""
     counts = [len(pairs) for pairs in prompts.values()]
     if not counts:
@@ -109,7 +110,7 @@ def softmax_scores(image_embeds: torch.Tensor, label_embeds: torch.Tensor, logit
     return torch.softmax(logit_scale * (image_embeds.double() @ label_embeds.double().T), dim=-1)
 
 
-def logit_scale_of(model: torch.nn.Module) -> float:
+def logit_scale_of(model: Any) -> float:
     """1 / tau of a model, which stores its logarithm."""
     return math.exp(float(model.base_model.logit_scale))
 
@@ -161,7 +162,7 @@ def evaluate_embeddings(
     if protocol == "ct-clip":
         thresholds = choose_thresholds(labels, scores, embeddings.findings, protocol="ct-clip")
         source = "100 steps, nearest the ROC corner, chosen on the evaluation set itself (optimistic)"
-    bootstrap = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
+    bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     table = score_findings(
         labels,
         scores,
@@ -198,7 +199,7 @@ def evaluate_embeddings(
         num_studies=len(set(embeddings.study_ids)),
         num_patients=len(set(embeddings.patient_ids)),
         split_hash=split_hash(embeddings.patient_ids, embeddings.study_ids, embeddings.reconstructions),
-        prompts={finding: tuple(map(tuple, pairs)) for finding, pairs in prompts.items()},
+        prompts={finding: tuple(pairs) for finding, pairs in prompts.items()},
         score="sigmoid((v.t_positive - v.t_negative) / tau), prompt embeddings averaged per finding and renormalised",
         temperature=1.0 / logit_scale,
         de_duplication=f"{per_unit}; an identical report counts as right",
@@ -213,7 +214,7 @@ def evaluate_embeddings(
 
 
 def evaluate_zero_shot(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     samples: Iterable[Mapping[str, Any]],
     prompts: PromptPairs,
