@@ -122,6 +122,7 @@ def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path
         f"model.text_model_name_or_path={tmp_path / 'text'}",
         "model.overrides={num_frozen_text_layers: 1, projection_dim: 16, num_tma_heads: 2, num_fusion_heads: 2}",
         "training.max_steps=1",
+        "training.activation_checkpointing=true",
     )
     assert pretrain.train(settings, resume=False) == 0
     trained = T3DModel.from_pretrained(tmp_path / "run" / "model")
@@ -188,6 +189,6 @@ def test_two_processes_take_the_steps_of_one(phantoms, tmp_path):
         subprocess.run([*command, *overrides], env=environment, check=True, cwd=tmp_path)
         logs.append([json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()])
     for one, two in zip(*logs, strict=True):
-        for name in ("loss", "loss_gca", "loss_tma", "grad_norm"):
-            assert one.get(name) == pytest.approx(two.get(name), rel=1e-3)
-        assert one.get("macro_auroc") == pytest.approx(two.get("macro_auroc"), abs=0.05)
+        # Validation batches are as large as those of a process; only what is trained must agree.
+        for name in ("loss", "loss_gca", "loss_tma", "grad_norm") if one["kind"] == "train" else ():
+            assert one[name] == pytest.approx(two[name], rel=1e-3)

@@ -68,10 +68,10 @@ class StubDataset(Dataset):
         return NUM_SAMPLES
 
     def __getitem__(self, key):
-        self.seen.append(key.index)
+        self.seen.append(key.sample)
         time.sleep(self.seconds)
-        generator = torch.Generator().manual_seed(key.epoch * 1000 + key.index)
-        return torch.randn(4, generator=generator), torch.tensor(float(key.index % 3))
+        generator = torch.Generator().manual_seed(key.epoch * 1000 + key.sample)
+        return torch.randn(4, generator=generator), torch.tensor(float(key.sample % 3))
 
 
 def collate(samples):

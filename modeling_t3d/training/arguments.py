@@ -251,7 +251,7 @@ def from_mapping(cls: type, values: Any, section: str = "") -> Any:
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:
     """`value` checked against a field's annotation; YAML reads `1e-4` as text, so numbers in text are accepted."""
-    if is_dataclass(annotation):
+    if isinstance(annotation, type) and is_dataclass(annotation):
         return from_mapping(annotation, value, name)
     origin, choices = get_origin(annotation), get_args(annotation)
     if origin is Literal:

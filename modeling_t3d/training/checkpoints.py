@@ -42,7 +42,7 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
 
 def random_state() -> dict[str, Any]:
     """State of every global random generator of this process, loadable with `torch.load(weights_only=True)`."""
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],

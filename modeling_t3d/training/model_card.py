@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from torch import nn
+from transformers import PreTrainedModel
 
 from .arguments import T3DTrainingArguments
 
@@ -33,7 +33,7 @@ _PRIVATE_SETTINGS = ("output_dir", "trackers", "logging_steps", "save_steps", "s
 
 
 def fill_model_card(
-    model: nn.Module,
+    model: PreTrainedModel,
     args: T3DTrainingArguments,
     *,
     processor: Any = None,
@@ -54,7 +54,7 @@ def fill_model_card(
     The card of one checkpoint.
 
     Args:
-        model (`nn.Module`): the trained model; its `config` is described.
+        model (`PreTrainedModel`): the trained model; its `config` is described.
         args ([`T3DTrainingArguments`]): the settings.
         processor (*optional*): its image processor's `describe()` states the preprocessing contract.
         metrics (`dict[str, float]`, *optional*): of the last validation.

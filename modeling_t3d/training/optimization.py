@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 
@@ -61,7 +62,7 @@ def learning_rate(peak: float, progress: float, *, minimum: float, warmup_ratio:
 
 
 @torch.no_grad()
-def clamp_logit_scale(model: nn.Module) -> None:
+def clamp_logit_scale(model: PreTrainedModel) -> None:
     """
     Keep learnt log scales at or below `log(config.max_logit_scale)`.
 

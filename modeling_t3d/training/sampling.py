@@ -4,7 +4,7 @@
 where it stood, and processes never share a sample."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -16,12 +16,20 @@ class SampleKey(NamedTuple):
     Args:
         epoch (`int`): passes over the data so far.
         batch (`int`): position of the global batch in the epoch; the same on all processes.
-        index (`int`): which sample.
+        sample (`int`): which sample.
     """
 
     epoch: int
     batch: int
-    index: int
+    sample: int
+
+
+class KeyedDataset(Protocol):
+    """A data set that is asked for [`SampleKey`]s and knows its size."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: SampleKey) -> Any: ...
 
 
 class ShardedBatchSampler(Sampler[list[SampleKey]]):
@@ -45,7 +53,7 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
     >>> from modeling_t3d.training.sampling import ShardedBatchSampler
 
     >>> sampler = ShardedBatchSampler(5, 1, num_processes=2, process_index=1, seed=0, shuffle=False)
-    >>> [[key.index for key in batch] for batch in sampler]
+    >>> [[key.sample for key in batch] for batch in sampler]
     [[1], [3]]
 
     ```"""
@@ -87,7 +95,7 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = range(self.num_samples)
+        order = list(range(self.num_samples))
         if self.shuffle:
             generator = torch.Generator().manual_seed(stable_seed(self.seed, self.epoch))
             order = torch.randperm(self.num_samples, generator=generator).tolist()
@@ -96,7 +104,7 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
             members = order[batch * step : (batch + 1) * step]
             bounds = [len(members) * rank // self.num_processes for rank in range(self.num_processes + 1)]
             share = members[bounds[self.process_index] : bounds[self.process_index + 1]]
-            yield [SampleKey(epoch, batch, index) for index in share]
+            yield [SampleKey(epoch, batch, sample) for sample in share]
 
 
 def stable_seed(*parts: int) -> int:
@@ -111,4 +119,4 @@ def stable_seed(*parts: int) -> int:
     return state >> 1
 
 
-__all__ = ["SampleKey", "ShardedBatchSampler", "stable_seed"]
+__all__ = ["KeyedDataset", "SampleKey", "ShardedBatchSampler", "stable_seed"]

@@ -12,13 +12,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device, set_seed
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .checkpoints import (
@@ -39,7 +39,7 @@ from .model_card import fill_model_card
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
 from .preflight import choose_precision, device_name, refuse_before_training
 from .progress import ProgressReporter, StepMeter, StopRequest
-from .sampling import ShardedBatchSampler, stable_seed
+from .sampling import KeyedDataset, ShardedBatchSampler, stable_seed
 from .state import TrainerState, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class T3DTrainer:
     Trains a model whose output has `loss`; every other scalar of the output is logged.
 
     Args:
-        model (`nn.Module`): a `PreTrainedModel`, not wrapped.
+        model (`PreTrainedModel`): not wrapped.
         args ([`T3DTrainingArguments`]): the settings.
-        train_dataset (`Dataset`): asked for [`SampleKey`]s (epoch, batch, index).
+        train_dataset ([`KeyedDataset`]): asked for [`SampleKey`]s.
         collator (callable): samples -> the model's keyword arguments.
         evaluate (callable, *optional*):
             Model -> metrics. Called in evaluation mode, without gradients, on every process; what it draws from
@@ -66,12 +66,12 @@ class T3DTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: T3DTrainingArguments,
-        train_dataset: Dataset,
+        train_dataset: KeyedDataset,
         collator: Callable[[list[Any]], dict[str, torch.Tensor]],
         *,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         processor: Any = None,
         card_facts: dict[str, Any] | None = None,
     ) -> None:
@@ -155,7 +155,9 @@ class T3DTrainer:
                 Continue from the newest checkpoint in `output_dir`, or start if there is none. Without it a folder
                 that holds checkpoints is refused.
         """
-        random_state_of_rank = self._resume() if resume else self._refuse_former_run()
+        random_state_of_rank = self._resume() if resume else None
+        if not resume:
+            self._refuse_former_run()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         settings = self.args.to_dict()
         reporter = ProgressReporter(
@@ -213,7 +215,7 @@ class T3DTrainer:
         while True:
             self.sampler.seek(state.epoch, state.next_batch)
             loader = DataLoader(
-                self.train_dataset,
+                cast(Dataset, self.train_dataset),
                 batch_sampler=self.sampler,
                 collate_fn=self.collator,
                 num_workers=args.dataloader_num_workers,

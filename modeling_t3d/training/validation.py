@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from .arguments import ConfigurationError
-from .sampling import ShardedBatchSampler
+from .sampling import KeyedDataset, ShardedBatchSampler
 
 
 class ValidationLosses:
@@ -21,11 +20,13 @@ class ValidationLosses:
     whole batches count, and numbers of different batch sizes cannot be compared.
 
     Args:
-        dataset (`Dataset`), collator (callable): as for training.
+        dataset ([`KeyedDataset`]), collator (callable): as for training.
         batch_size (`int`): pairs per process.
     """
 
-    def __init__(self, dataset: Dataset, collator: Callable[[list[Any]], dict[str, torch.Tensor]], batch_size: int):
+    def __init__(
+        self, dataset: KeyedDataset, collator: Callable[[list[Any]], dict[str, torch.Tensor]], batch_size: int
+    ):
         if len(dataset) < 2:
             raise ConfigurationError("validation needs at least 2 pairs; set data.validation_split to null")
         self.dataset = dataset
