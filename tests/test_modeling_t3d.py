@@ -273,6 +273,14 @@ def test_global_alignment_alone_has_no_second_objective():
     assert output.loss == output.loss_gca
 
 
+@pytest.mark.parametrize(("query", "reaches_text"), [("text", True), ("vision", False), ("none", False)])
+def test_multi_view_alignment_trains_the_text_tower_only_where_the_report_asks(query, reaches_text):
+    model = T3DForPreTraining(tiny_config(lambda_gca=0.0, tma_query=query))
+    model(**tiny_batch()).loss.backward()
+    parameters = [*model.t3d.text_model.parameters(), *model.t3d.text_projection.parameters()]
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in parameters) == reaches_text
+
+
 def test_weights_of_the_terms():
     batch = tiny_batch()
     output = T3DForPreTraining(tiny_config(lambda_gca=0.5, lambda_tma=2.0)).eval()(**batch)
