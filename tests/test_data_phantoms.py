@@ -172,15 +172,15 @@ def test_right_is_right(fine):
         assert middle["right lung"][2] > middle["liver"][2]
 
 
-HEALTHY_HU = {  # by organ: range of the mean HU without contrast, and with
-    "right lung": ((-885, -765), (-885, -765)),
-    "left lung": ((-885, -765), (-885, -765)),
-    "liver": ((42, 70), (52, 125)),
-    "spleen": ((35, 58), (75, 135)),
-    "aorta": ((30, 60), (110, 340)),
-    "right kidney": ((15, 45), (50, 150)),
-    "muscle": ((22, 65), (22, 70)),
-    "spine": ((100, 330), (100, 330)),
+HEALTHY_HU = {  # by organ: range of the median HU without contrast, and with
+    "right lung": ((-890, -800), (-890, -800)),
+    "left lung": ((-890, -800), (-890, -800)),
+    "liver": ((48, 68), (58, 122)),
+    "spleen": ((36, 58), (90, 132)),
+    "aorta": ((30, 54), (120, 340)),
+    "right kidney": ((20, 42), (60, 150)),
+    "muscle": ((45, 60), (45, 60)),
+    "spine": ((80, 330), (80, 330)),
 }
 
 
@@ -192,8 +192,9 @@ def test_organs_have_physiological_hu(fine):
         enhanced = phantom.scan.phase != "non-contrast"
         for organ, ranges in HEALTHY_HU.items():
             low, high = ranges[enhanced]
-            mean = phantom.volume.array[(phantom.organs == ORGANS[organ]) & (phantom.lesions == 0)].mean()
-            assert low <= mean <= high, (organ, phantom.scan.phase, mean)
+            # The median: vessels, and the rim that an organ shares with its neighbours, move the mean.
+            middle = np.median(phantom.volume.array[(phantom.organs == ORGANS[organ]) & (phantom.lesions == 0)])
+            assert low <= middle <= high, (organ, phantom.scan.phase, middle)
         checked += 1
     assert checked >= 10
 
