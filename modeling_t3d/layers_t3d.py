@@ -3,7 +3,7 @@
 """What stands between the towers and the losses: projection heads, view fusion, text-informed pooling of views."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -119,8 +119,8 @@ class T3DReports(NamedTuple):
     """
 
     embeds: torch.Tensor
-    tokens: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    tokens: Any = None
+    mask: Any = None
 
 
 class T3DMultiViewAlignment(nn.Module):
@@ -140,7 +140,8 @@ class T3DMultiViewAlignment(nn.Module):
         self.output_projection = nn.Linear(size, size)
         # Never a batch norm: vectors are pooled in chunks of queries, and the result must not depend on the chunk.
         self.head = T3DProjectionHead(size, config.projection_hidden_size, size)
-        self.learned_query = nn.Embedding(1, size) if config.tma_query == "none" else None
+        if config.tma_query == "none":
+            self.learned_query = nn.Embedding(1, size)
 
     def split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., tokens, size)` to `(..., heads, tokens, head_dim)`."""
@@ -226,7 +227,8 @@ class T3DMultiViewAlignment(nn.Module):
         num_pairs, num_views, num_tokens, size = tokens.shape
         num_candidates = num_pairs if candidates is None else candidates.shape[1]
         by_views = self.config.tma_query == "vision"
-        key, value = (None, None) if by_views else self.key_and_value(tokens.flatten(0, 1))
+        if not by_views:
+            key, value = self.key_and_value(tokens.flatten(0, 1))
 
         def pool(start: int, stop: int) -> torch.Tensor:
             chosen = None if candidates is None else candidates[start:stop]

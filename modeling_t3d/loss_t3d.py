@@ -210,7 +210,7 @@ def contrastive_softmax(
     if targets is not None:
         targets = targets.masked_fill(excluded, 0.0)
         targets = targets / targets.sum(dim=-1, keepdim=True)
-    losses = 0.0
+    losses = torch.zeros((), device=rows.device)
     for anchors, candidates in ((image_embeds, all_text_embeds), (text_embeds, all_image_embeds)):
         with torch.autocast(rows.device.type, enabled=False):
             logits = logit_scale * (_at_least_float32(anchors) @ _at_least_float32(candidates).T)

@@ -25,12 +25,12 @@ class T3DVisionModelOutput(ModelOutput):
             Token maps of the local views where they were encoded; zeros for views that the mask leaves out.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    feature_maps: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    local_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    local_hidden_state: torch.Tensor | None = None
 
 
 @dataclass
@@ -47,11 +47,11 @@ class T3DOutput(ModelOutput):
         text_model_output (`BaseModelOutputWithPooling`): what `get_text_features` returned.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
     vision_model_output: T3DVisionModelOutput | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
 
@@ -82,17 +82,17 @@ class T3DForPreTrainingOutput(ModelOutput):
             Each view as its own report asks it, of unit norm, without a gradient; meaningless where masked.
     """
 
-    loss: torch.FloatTensor | None = None
-    loss_gca: torch.FloatTensor | None = None
-    loss_tma: torch.FloatTensor | None = None
-    log_num_candidates: torch.FloatTensor | None = None
-    num_valid_anchors: torch.LongTensor | None = None
-    num_skipped_pairs: torch.LongTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    local_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    loss_gca: torch.Tensor | None = None
+    loss_tma: torch.Tensor | None = None
+    log_num_candidates: torch.Tensor | None = None
+    num_valid_anchors: torch.Tensor | None = None
+    num_skipped_pairs: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    local_embeds: torch.Tensor | None = None
 
 
 __all__ = ["T3DForPreTrainingOutput", "T3DOutput", "T3DVisionModelOutput"]

@@ -72,9 +72,9 @@ _PRETRAINING_PREFIX = r"^t3d\."
 
 def _build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The text tower, without a pooler where its class can be built without: it would stay untrained."""
-    model_class = MODEL_MAPPING.get(type(config), None)
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    known: Any = MODEL_MAPPING.get(type(config), None)
+    model_class = known[0] if isinstance(known, tuple) else known
+    has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters
     return AutoModel.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
 
 
@@ -84,7 +84,7 @@ class T3DPreTrainedModel(PreTrainedModel):
     config: T3DConfig
     base_model_prefix = "t3d"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     model_tags = ["medical", "3d", "volume", "t3d"]  # noqa: RUF012 - Transformers' own way to declare them
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -187,10 +187,10 @@ class T3DVisionModel(T3DPreTrainedModel):
 
     ```"""
 
-    config: T3DVisionConfig
+    config: T3DVisionConfig  # type: ignore[assignment]
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": T3DEncoderBlock, "attentions": T3DViTAttention}  # noqa: RUF012
 
     def __init__(self, config: T3DVisionConfig):
@@ -277,7 +277,7 @@ class T3DModel(T3DPreTrainedModel):
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision: "str | PathLike | PreTrainedModel", text: "str | PathLike | PreTrainedModel", **config: Any
+        cls, vision: str | PathLike | PreTrainedModel, text: str | PathLike | PreTrainedModel, **config: Any
     ) -> "T3DModel":
         r"""
         Start from two pretrained towers; everything else is new.
@@ -302,15 +302,7 @@ class T3DModel(T3DPreTrainedModel):
         [False, True]
 
         ```"""
-        if not isinstance(vision, PreTrainedModel):
-            vision = T3DVisionModel.from_pretrained(vision)
-        text = (text if isinstance(text, PreTrainedModel) else AutoModel.from_pretrained(text)).base_model
-        model = cls(T3DConfig(vision_config=vision.config, text_config=text.config, **config))
-        model.base_model.vision_model.load_state_dict(vision.state_dict())
-        weights = {name: weight for name, weight in text.state_dict().items() if not name.startswith("pooler.")}
-        model.base_model.text_model.load_state_dict(weights)
-        model.freeze_after_loading()
-        return model
+        return _from_towers(cls, vision, text, config)
 
     def freeze_after_loading(self) -> None:
         """Freeze a temperature that is not learnt, and text layers."""
@@ -318,10 +310,7 @@ class T3DModel(T3DPreTrainedModel):
         self.freeze_text_layers()
 
     def freeze_text_layers(self) -> None:
-        """
-        Freeze the lowest `config.num_frozen_text_layers` layers of the text tower, and with them its embeddings, whose
-        changes the frozen layers could not follow. Called by both ways of loading; a model from scratch calls nothing.
-        """
+        """Freeze the lowest `config.num_frozen_text_layers` text layers, and the embeddings that they rest on."""
         if not self.config.num_frozen_text_layers:
             return
         depth = self.config.text_config.num_hidden_layers
@@ -437,12 +426,12 @@ class T3DModel(T3DPreTrainedModel):
             if len(maps) != len(features):
                 raise ValueError(f"{len(features)} global views, but local views of {len(maps)} volumes")
         if fuses:
-            if maps is None:
-                local = features.new_zeros(len(features), 0, features.shape[1])
-                mask = torch.zeros(len(features), 0, dtype=torch.bool, device=features.device)
-                features = self.fuse_views(features, local, mask, features.new_zeros(len(features), 0, 6))
+            if maps is None:  # the global view alone
+                local, local_positions = features[:, None][:, :0], features.new_zeros(len(features), 0, 6)
+                local_mask = torch.zeros(len(features), 0, dtype=torch.bool, device=features.device)
             else:
-                features = self.fuse_views(features, maps.mean(dim=(3, 4, 5)), local_mask, local_positions)
+                local = maps.mean(dim=(3, 4, 5))
+            features = self.fuse_views(features, local, local_mask, local_positions)
         return T3DVisionModelOutput(
             last_hidden_state=output.last_hidden_state,
             pooler_output=self.visual_projection(features),
@@ -470,9 +459,10 @@ class T3DModel(T3DPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`] whose `pooler_output` is the projected,
             un-normalised embedding of the first token.
         """
-        if self._takes_token_types:
-            kwargs["token_type_ids"] = token_type_ids
-        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        segments = {"token_type_ids": token_type_ids} if self._takes_token_types else {}
+        output = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **kwargs
+        )
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
             pooler_output=self.text_projection(output.last_hidden_state[:, 0]),
@@ -505,11 +495,9 @@ class T3DModel(T3DPreTrainedModel):
         all_text_embeds = all_gather(text_embeds, sizes)
         scale = self.logit_scale.exp().to(image_embeds.device)
         if self.config.contrastive_loss == "sigmoid":
-            bias = self.logit_bias.to(image_embeds.device)
-            total, count = contrastive_sigmoid(
-                image_embeds, all_text_embeds, scale, bias, offset=offset, excluded=excluded
-            )
-            return global_mean(total, count)
+            bias = self.logit_bias.to(scale.device)
+            sums = contrastive_sigmoid(image_embeds, all_text_embeds, scale, bias, offset=offset, excluded=excluded)
+            return global_mean(*sums)
         if sum(sizes) < 2:
             raise ValueError("contrastive learning needs negatives: the global batch holds 1 pair; use at least 2")
         targets = None
@@ -585,11 +573,27 @@ class T3DModel(T3DPreTrainedModel):
         )
 
 
+def _from_towers(
+    model_class: type[T3DPreTrainedModel],
+    vision: str | PathLike | PreTrainedModel,
+    text: str | PathLike | PreTrainedModel,
+    config: dict[str, Any],
+) -> Any:
+    """A dual encoder, or a model around one, whose towers hold the given weights."""
+    vision_model = vision if isinstance(vision, PreTrainedModel) else T3DVisionModel.from_pretrained(vision)
+    text_model = (text if isinstance(text, PreTrainedModel) else AutoModel.from_pretrained(text)).base_model
+    model = model_class(T3DConfig(vision_config=vision_model.config, text_config=text_model.config, **config))
+    model.base_model.vision_model.load_state_dict(vision_model.state_dict())
+    weights = {name: weight for name, weight in text_model.state_dict().items() if not name.startswith("pooler.")}
+    model.base_model.text_model.load_state_dict(weights)
+    model.freeze_after_loading()
+    return model
+
+
 class T3DForPreTraining(T3DPreTrainedModel):
     r"""
-    T3D pre-training: global alignment of volumes and reports (GCA) and text-informed multi-view alignment (TMA).
-
-    Without TMA (`lambda_tma=0`) the model has no `multi_view_alignment` and needs no local views.
+    Pre-training by global alignment (GCA) and text-informed multi-view alignment (TMA). With `lambda_tma=0` the model
+    has no `multi_view_alignment` and needs no local views.
 
     Example:
 
@@ -617,23 +621,16 @@ class T3DForPreTraining(T3DPreTrainedModel):
         self.multi_view_alignment = T3DMultiViewAlignment(config) if config.lambda_tma > 0 else None
         self.post_init()
 
-    from_vision_text_pretrained = classmethod(T3DModel.from_vision_text_pretrained.__func__)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The text tower's word embeddings."""
-        return self.t3d.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text tower's word embeddings."""
-        self.t3d.set_input_embeddings(value)
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str | PathLike | PreTrainedModel, text: str | PathLike | PreTrainedModel, **config: Any
+    ) -> "T3DForPreTraining":
+        """See [`T3DModel.from_vision_text_pretrained`]."""
+        return _from_towers(cls, vision, text, config)
 
     def freeze_after_loading(self) -> None:
         """See [`T3DModel.freeze_after_loading`]."""
         self.t3d.freeze_after_loading()
-
-    def freeze_text_layers(self) -> None:
-        """See [`T3DModel.freeze_text_layers`]."""
-        self.t3d.freeze_text_layers()
 
     def clamp_logit_scale(self) -> None:
         """See [`T3DModel.clamp_logit_scale`]."""
@@ -746,8 +743,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
         aligns_views = return_loss and self.multi_view_alignment is not None
         if aligns_views and local_pixel_values is None:
             raise ValueError(
-                f"lambda_tma={self.config.lambda_tma} needs local views: pass local_pixel_values (the processor's "
-                "views=N), or set lambda_tma=0 in the configuration"
+                f"lambda_tma={self.config.lambda_tma} needs local views: pass local_pixel_values or set lambda_tma=0"
             )
         outputs = self.t3d(
             input_ids=input_ids,
@@ -764,9 +760,9 @@ class T3DForPreTraining(T3DPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        result = T3DForPreTrainingOutput()
+        views: dict[str, Any] = {}
         if aligns_views:
-            result = self.multi_view_alignment_loss(
+            views = self.multi_view_alignment_loss(
                 outputs.text_model_output,
                 outputs.vision_model_output.local_hidden_state,
                 local_mask,
@@ -774,20 +770,16 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 study_ids,
                 report_ids,
             )
-        terms = [(self.config.lambda_gca, outputs.loss), (self.config.lambda_tma, result.loss_tma)]
-        terms = [weight * term for weight, term in terms if term is not None]
+        terms = [(self.config.lambda_gca, outputs.loss), (self.config.lambda_tma, views.get("loss_tma"))]
+        weighted = [weight * term for weight, term in terms if term is not None]
         return T3DForPreTrainingOutput(
-            loss=sum(terms) if terms else None,
+            loss=torch.stack(weighted).sum() if weighted else None,
             loss_gca=outputs.loss,
-            loss_tma=result.loss_tma,
-            log_num_candidates=result.log_num_candidates,
-            num_valid_anchors=result.num_valid_anchors,
-            num_skipped_pairs=result.num_skipped_pairs,
+            **views,
             logits_per_image=outputs.logits_per_image,
             logits_per_text=outputs.logits_per_text,
             image_embeds=outputs.image_embeds,
             text_embeds=outputs.text_embeds,
-            local_embeds=result.local_embeds,
         )
 
     @torch.no_grad()
@@ -860,10 +852,10 @@ class T3DForImageClassification(T3DPreTrainedModel):
 
     ```"""
 
-    config: T3DVisionConfig
+    config: T3DVisionConfig  # type: ignore[assignment]
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     # The loss is the mean over the batch it is given, whatever count a trainer offers.
     accepts_loss_kwargs = False
 
@@ -873,10 +865,6 @@ class T3DForImageClassification(T3DPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The encoder's first layer."""
-        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(
