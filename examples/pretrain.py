@@ -106,7 +106,8 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     logger.info("{num_truncated} of {num_reports} reports are cut at {max_report_tokens} tokens".format(**facts))
     model.config.provenance = provenance(facts)
     shared = (processor.image_processor, data.cache_dir or Path(data.manifest).parent / "prepared")
-    parts = [PretrainingDataset(rows, *shared, seed=training.seed, text_sampling=data.text_sampling)]
+    texts = {"text_sampling": data.text_sampling, "sentences_from_epoch": data.sentences_from_epoch}
+    parts = [PretrainingDataset(rows, *shared, seed=training.seed, **texts)]
     evaluate = None
     if data.validation_split:
         parts.append(PretrainingDataset(manifest.split(data.validation_split), *shared, seed=training.seed))

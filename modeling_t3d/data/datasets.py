@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Streams of random numbers: one part of a sample can change without moving the draws of another.
 _VIEWS, _ALIGNED, _SENTENCES = range(3)
+MAX_SENTENCES = 3  # of a text under text_sampling="sentences" [choice]
 
 
 @dataclass
@@ -58,8 +59,11 @@ class PretrainingDataset(Dataset):
         cache_dir (`str` or `Path`, *optional*): keeps prepared volumes; without it they are prepared at every access.
         seed (`int`, defaults to 0): of views and sentences.
         text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
-            The whole report, or a random subset of its sentences in their order, another one in every epoch [choice]:
-            prompts of a zero-shot classifier are single sentences.
+            The whole report, or one to three of its sentences in their order, others in every epoch [choice]: prompts
+            of a zero-shot classifier are single sentences.
+        sentences_from_epoch (`int`, defaults to 0):
+            Earlier epochs show whole reports even under `text_sampling="sentences"` [choice]. Towers from scratch leave
+            their initial plateau sooner on whole reports, and learn negation from sentences.
 
     Example:
 
@@ -90,6 +94,7 @@ class PretrainingDataset(Dataset):
         *,
         seed: int = 0,
         text_sampling: Literal["report", "sentences"] = "report",
+        sentences_from_epoch: int = 0,
     ) -> None:
         if text_sampling not in ("report", "sentences"):
             raise ValueError(f"text_sampling must be 'report' or 'sentences', got {text_sampling!r}")
@@ -103,6 +108,7 @@ class PretrainingDataset(Dataset):
         self.cache = PreparedVolumeCache(cache_dir, image_processor.preparation_key()) if cache_dir else None
         self.seed = seed
         self.text_sampling = text_sampling
+        self.sentences_from_epoch = sentences_from_epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,7 +116,7 @@ class PretrainingDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """Hash of what the rows pair: a run must not resume on other data."""
-        digest = hashlib.sha256(self.text_sampling.encode())
+        digest = hashlib.sha256(f"{self.text_sampling}\0{self.sentences_from_epoch}".encode())
         for row in self.rows:
             digest.update(f"{row.volume.name}\0{row.report}\0{row.study_id}\0".encode())
         return digest.hexdigest()
@@ -131,7 +137,7 @@ class PretrainingDataset(Dataset):
         epoch, batch, index = (0, 0, key) if isinstance(key, int) else key
         row = self.rows[index]
         text = row.report
-        if self.text_sampling == "sentences":
+        if self.text_sampling == "sentences" and epoch >= self.sentences_from_epoch:
             text = sample_sentences(text, (self.seed, epoch, stable_id(text)))
         return PretrainingSample(
             prepared=self.prepared(index),
@@ -197,13 +203,13 @@ def stable_id(text: str) -> int:
 
 
 def sample_sentences(text: str, seed: tuple[int, ...]) -> str:
-    """A random non-empty subset of a report's sentences, in their order; every size is equally likely.
+    """One to `MAX_SENTENCES` random sentences of a report, in their order; every number is equally likely.
 
-    The same text and seed give the same subset, so that identical reports stay identical.
+    The same text and seed give the same sentences, so that identical reports stay identical.
     """
     sentences = split_sentences(text)
     generator = np.random.default_rng((_SENTENCES, *seed))
-    count = int(generator.integers(1, len(sentences) + 1))
+    count = int(generator.integers(1, min(MAX_SENTENCES, len(sentences)) + 1))
     chosen = np.sort(generator.choice(len(sentences), size=count, replace=False))
     return " ".join(sentences[position] for position in chosen)
 

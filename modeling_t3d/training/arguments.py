@@ -42,8 +42,8 @@ class T3DTrainingArguments:
         weight_decay (`float`, defaults to 0.05): not on biases, norms and the temperature.
         adam_beta1, adam_beta2, adam_epsilon (`float`): AdamW's 0.9, 0.999, 1e-8.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are clipped to this norm; `None` clips nothing.
-        mixed_precision (`"auto"`, `"bf16"` or `"no"`, defaults to `"auto"`): `"auto"` is bf16 on CUDA devices that
-            compute in it and full precision elsewhere.
+        mixed_precision (`"auto"`, `"bf16"` or `"no"`, defaults to `"auto"`): `"auto"` is bf16 on CUDA devices and CPUs
+            that compute in it and full precision elsewhere.
         activation_checkpointing (`bool`, defaults to `False`): recompute the blocks in the backward pass.
         num_processes (`int`, *optional*):
             How many processes the run must have; another count is refused before the first step. Some launchers
@@ -130,7 +130,8 @@ class DataArguments:
         min_report_words (`int`, defaults to 5): rows with a shorter report are dropped, counted and printed.
         max_report_tokens (`int`, defaults to 512): longer reports are cut, counted and printed.
         text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
-            The whole report, or a random subset of its sentences, another one in every epoch [choice].
+            The whole report, or one to three of its sentences, others in every epoch [choice].
+        sentences_from_epoch (`int`, defaults to 0): before it, whole reports in any case [choice].
         cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
         num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
         name, license (`str`, *optional*): for the model card and the provenance in the configuration.
@@ -145,6 +146,7 @@ class DataArguments:
     min_report_words: int = 5
     max_report_tokens: int = 512
     text_sampling: Literal["report", "sentences"] = "report"
+    sentences_from_epoch: int = 0
     cache_dir: str | None = None
     num_preparation_workers: int = 1
     name: str | None = None

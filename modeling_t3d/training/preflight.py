@@ -50,7 +50,9 @@ def choose_precision(args: T3DTrainingArguments) -> str:
     """Accelerate's name of the precision that the settings come to on this machine."""
     if args.mixed_precision != "auto":
         return args.mixed_precision
-    return "bf16" if not args.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if torch.cuda.is_available() and not args.use_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 def device_name(device: torch.device) -> str:
