@@ -1,4 +1,5 @@
 # Two commands: `make quickstart` and `make test`. Each makes its own virtual environment when there is none.
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 # The torch to install. Where no GPU is found its CPU build is preferred, if a configured package index has one.
@@ -40,8 +41,12 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not slow" --durations=15
 
+# The long checks too; what the last complete run said is committed.
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=30
+	mkdir -p outputs
+	set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=30 | tee outputs/test-all.log
+	printf 'commit %s, %s, %s cores\n%s\n' "$$(git rev-parse --short HEAD)" "$$(date -u +%F)" "$$(nproc)" \
+		"$$(tail -n 1 outputs/test-all.log)" > tests/last_full_run.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info
