@@ -24,11 +24,14 @@ GROUPS = {
 PICTURED = "pleural effusion"
 
 
-def load_splits(manifest_path: Path, processor: T3DProcessor) -> dict[str, PretrainingDataset]:
-    """The data sets "train", "validation" and "test" of a manifest of phantoms, prepared once beside it."""
+def load_splits(manifest_path: Path, processor: T3DProcessor, num_probe: int) -> dict[str, PretrainingDataset]:
+    """The data sets of a manifest of phantoms, prepared once beside it; of "train" the first `num_probe` rows."""
     manifest, cache = read_manifest(manifest_path), manifest_path.parent / "prepared"
-    splits = ("train", "validation", "test")
-    return {name: PretrainingDataset(manifest.split(name), processor.image_processor, cache) for name in splits}
+    counts = {"train": num_probe, "validation": None, "test": None}
+    return {
+        name: PretrainingDataset(manifest.split(name)[:count], processor.image_processor, cache)
+        for name, count in counts.items()
+    }
 
 
 def draw_case(model: T3DForPreTraining, processor: T3DProcessor, test: PretrainingDataset, path: Path) -> Path:
@@ -46,12 +49,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder that pre-training saved")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest of phantoms with splits and masks")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and attention.png")
+    parser.add_argument("--num-probe", type=int, default=1000, help="training volumes that fit the linear baselines")
     parser.add_argument("--num-resamples", type=int, default=1000, help="bootstrap replicates of the intervals")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     model = T3DForPreTraining.from_pretrained(arguments.model).eval()
     processor = T3DProcessor.from_pretrained(arguments.model)
-    splits = load_splits(arguments.manifest, processor)
+    splits = load_splits(arguments.manifest, processor, arguments.num_probe)
     results = evaluate_pretrained(
         model,
         processor,
