@@ -1,0 +1,178 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The ablation: arms that differ by one switch, a table that says what result files say, two arms end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling_t3d.training.arguments import load_configuration
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+CONFIGS = EXAMPLES / "configs"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules that the script puts together."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import ablation
+        import ablation_arms
+        import ablation_table
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return ablation, ablation_arms, ablation_table
+
+
+@pytest.fixture(scope="module")
+def arms(scripts):
+    return scripts[1].make_arms(load_configuration(CONFIGS / "ablation.yaml"))
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one with dotted keys."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(one: dict, other: dict) -> set[str]:
+    one, other = flat(one), flat(other)
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+
+
+def test_configuration_is_the_quickstart_apart_from_paths_and_views():
+    one, other = (asdict(load_configuration(CONFIGS / name)) for name in ("quickstart.yaml", "ablation.yaml"))
+    paths_and_budget = {"data.manifest", "training.output_dir", "training.max_steps", "training.save_steps"}
+    needed = {"data.validation_split", "image_processor.num_local_views"}
+    assert differences(one, other) <= paths_and_budget | needed
+    assert other["image_processor"]["num_local_views"] == 4
+
+
+def test_arms_differ_from_the_default_by_one_switch(arms):
+    default = asdict(load_configuration(CONFIGS / "ablation.yaml"))
+    changes = {}
+    for arm in arms:
+        changed = asdict(load_configuration(CONFIGS / "ablation.yaml", arm.overrides))
+        changes[arm.name] = differences(default, changed)
+        expected = 1 if arm.kind == "pretraining" and arm.name != "default" else 0
+        assert len(changes[arm.name]) == expected, arm.name
+    switches = [key.rpartition(".")[2] for changed in changes.values() for key in changed]
+    counts = {name: switches.count(name) for name in sorted(set(switches))}
+    assert counts == {"lambda_tma": 1, "tma_negatives": 1, "tma_query": 2, "view_fusion": 2, "view_sampling": 2}
+    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 9
+
+
+def make_result(scripts, arm: str, seed: int, quality: float) -> dict:
+    """A result whose scores know the labels the better the larger `quality` is."""
+    findings = scripts[1].FINDING_NAMES
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, (40, len(findings)))
+    labels[:2] = [[0], [1]]
+    scores = generator.normal(size=labels.shape) + quality * labels
+    part = {"scores": scores.tolist(), "labels": labels.tolist(), "patients": [str(row // 2) for row in range(40)]}
+    facts = {"command": "the command", "hardware": "the machine", "commit": "abc", "steps": 7, "minutes": 1.25}
+    return {"arm": arm, "seed": seed, **facts, "validation": part, "test": part}
+
+
+def test_table_shows_result_files_and_names_the_best_arm(scripts, arms, tmp_path):
+    ablation, ablation_arms, ablation_table = scripts
+    arguments = ablation.parse_arguments(["--output", str(tmp_path), "--steps-per-arm", "7", "--seeds", "0", "1"])
+    settings = ablation.describe_settings(arguments)
+    ablation_arms.settle(tmp_path, settings)
+    measurements = {
+        "retrieval": {"report_to_volume": {"recall": {"5": {"value": 0.25}}, "chance": {"5": 0.125}}},
+        "leak": None,
+        "localisation": {"all": {"pointing": {"value": 0.5}, "average_precision": {"value": 0.75}, "chance": 0.0625}},
+        "study_identity": {"nearest_neighbour_accuracy": 0.375, "chance": 0.03125},
+    }
+    by_name = {arm.name: arm for arm in arms}
+    for name, seed, quality in (
+        ("default", 0, 0.5),
+        ("default", 1, 0.5),
+        ("gca-alone", 0, 2.0),
+        ("gca-alone", 1, 2.0),
+    ):
+        result = make_result(scripts, name, seed, quality) | {"measurements": measurements}
+        ablation_arms.result_path(tmp_path, by_name[name], seed).write_text(json.dumps(result))
+    for name, quality in (("tma-query-none", 9.0), ("supervised-ceiling", 9.0), ("shortcut-baseline", 0.1)):
+        result = make_result(scripts, name, 0, quality)
+        ablation_arms.result_path(tmp_path, by_name[name], 0).write_text(json.dumps(result))
+    results = ablation_arms.read_results(tmp_path, arms, [0, 1])
+    table = ablation_table.make_table(arms, results, [0, 1], settings)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
+    assert len(rows) == len(arms) + 2
+    aurocs = [ablation_table.group_auroc(results["gca-alone"][seed]["test"], "macro") for seed in (0, 1)]
+    assert f"| {np.mean(aurocs):.3f} [{min(aurocs):.3f} to {max(aurocs):.3f}; " in rows["GCA alone"]
+    assert "| 0.250 [0.250 to 0.250] (chance 0.125) | – | 0.500 [0.500 to 0.500] (chance 0.062)" in rows["GCA alone"]
+    # One seed is missing: it shows, and the arm cannot be the best, however good.
+    assert "| 0; not measured: 1 |" in rows["tma_query none"]
+    assert "Best arm on validation: **GCA alone**" in table
+    assert rows["view_fusion mean"].count("not measured") == len(ablation_table.HEADER) - 1
+    assert "| none | – | – |" in rows["shortcut baseline (headers and HU histogram)"]
+    for fact in ("the command", "the machine", "abc", "Seeds: 0, 1", "7 steps", "3000 train", "7 files"):
+        assert fact in table
+
+
+def test_interval_of_the_mean_pairs_patients(scripts):
+    """Seeds that are copies of each other have the interval of one."""
+    ablation_table = scripts[2]
+    result = make_result(scripts, "default", 0, 1.0)
+    once = ablation_table.auroc_cell([result], "test", "focal")
+    twice = ablation_table.auroc_cell([result, result], "test", "focal")
+    assert once.partition("[")[2] == twice.rpartition("; ")[2]
+
+
+def test_results_of_other_settings_are_not_mixed(scripts, tmp_path):
+    ablation, ablation_arms, _ = scripts
+    for command in (["--steps-per-arm", "7"], ["--steps-per-arm", "7", "--seeds", "5"]):
+        arguments = ablation.parse_arguments(["--output", str(tmp_path), *command])
+        ablation_arms.settle(tmp_path, ablation.describe_settings(arguments))
+    arguments = ablation.parse_arguments(["--output", str(tmp_path), "--steps-per-arm", "8"])
+    with pytest.raises(SystemExit, match="another budget"):
+        ablation_arms.settle(tmp_path, ablation.describe_settings(arguments))
+
+
+@pytest.mark.slow
+def test_two_arms_end_to_end_and_again(tmp_path):
+    command = [
+        sys.executable,
+        str(EXAMPLES / "ablation.py"),
+        "--output",
+        str(tmp_path / "out"),
+        "--steps-per-arm",
+        "2",
+    ]
+    command += ["--train", "16", "--validation", "12", "--test", "12", "--resolution", "8", "--num-threads", "1"]
+    command += [
+        "--table",
+        str(tmp_path / "table.md"),
+        "--seeds",
+        "0",
+        "--arms",
+        "view-fusion-mean",
+        "supervised-ceiling",
+    ]
+    tail = ["--", "training.per_device_train_batch_size=4", "training.use_cpu=true"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *tail], check=True, cwd=ROOT, env=environment)
+    table = (tmp_path / "table.md").read_text()
+    files = sorted((tmp_path / "out" / "results").iterdir())
+    assert [path.name for path in files] == ["supervised-ceiling-seed0.json", "view-fusion-mean-seed0.json"]
+    for path in files:
+        result = json.loads(path.read_text())
+        assert result["steps"] == 2
+        assert np.shape(result["test"]["scores"])[0] == 12
+    before = [path.stat().st_mtime_ns for path in files]
+    subprocess.run([*command, *tail], check=True, cwd=ROOT, env=environment)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert (tmp_path / "table.md").read_text() == table
