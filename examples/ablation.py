@@ -67,11 +67,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table-only", action="store_true", help="write the table from the results there are")
     parser.add_argument("--num-threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     parser.add_argument("overrides", nargs="*", default=[], help="section.name=value, for all arms")
-    # Options that take several values would swallow the overrides that follow them.
+    # Overrides may follow options that take several values.
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := [text for text in rest if text.startswith("-") or "=" not in text]:
         parser.error(f"unknown argument {unknown[0]}")
-    parsed.overrides += rest
+    parsed.overrides += rest + [name for name in parsed.arms or () if "=" in name]
+    parsed.arms = [name for name in parsed.arms or () if "=" not in name]
     if parsed.steps_per_arm is None and parsed.minutes_per_arm is None:
         parsed.minutes_per_arm = 10.0
     return parsed
@@ -107,7 +108,7 @@ def main(command_line: list[str] | None = None) -> int:
     arguments = parse_arguments(command_line)
     arms = make_arms(load_configuration(arguments.config, common_overrides(arguments)))
     names = [arm.name for arm in arms]
-    if unknown := set(arguments.arms or ()) - set(names):
+    if unknown := set(arguments.arms) - set(names):
         sys.exit(f"unknown arm {sorted(unknown)[0]!r}; there are {', '.join(names)}")
     settings = describe_settings(arguments)
     settle(arguments.output, settings)

@@ -52,7 +52,8 @@ def differences(one: dict, other: dict) -> set[str]:
 
 def test_configuration_is_the_quickstart_apart_from_paths_and_views():
     one, other = (asdict(load_configuration(CONFIGS / name)) for name in ("quickstart.yaml", "ablation.yaml"))
-    paths_and_budget = {"data.manifest", "training.output_dir", "training.max_steps", "training.save_steps"}
+    names = ("output_dir", "max_steps", "save_steps", "dataloader_num_workers")
+    paths_and_budget = {"data.manifest", *(f"training.{name}" for name in names)}
     needed = {"data.validation_split", "image_processor.num_local_views"}
     assert differences(one, other) <= paths_and_budget | needed
     assert other["image_processor"]["num_local_views"] == 4
@@ -162,7 +163,7 @@ def test_two_arms_end_to_end_and_again(tmp_path):
         "view-fusion-mean",
         "supervised-ceiling",
     ]
-    tail = ["--", "training.per_device_train_batch_size=4", "training.use_cpu=true"]
+    tail = ["training.per_device_train_batch_size=4", "training.use_cpu=true"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *tail], check=True, cwd=ROOT, env=environment)
     table = (tmp_path / "table.md").read_text()
