@@ -307,7 +307,7 @@ class T3DConfig(PreTrainedConfig):
 
     def to_vision_config(self) -> T3DVisionConfig:
         """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""
-        config = deepcopy(self.vision_config)
+        config: Any = deepcopy(self.vision_config)
         config.id2label, config.label2id, config.problem_type = self.id2label, self.label2id, self.problem_type
         return config
 

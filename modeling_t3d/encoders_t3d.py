@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ class T3DEncoder(nn.Module):
     def __init__(self, config: T3DVisionConfig):
         super().__init__()
         self.config = config
-        self.hidden_size = config.hidden_size
+        self.hidden_size = int(config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
         """Encode views of shape `(batch, num_channels, depth, height, width)`."""
@@ -116,7 +116,7 @@ class T3DResNet(T3DEncoder):
 
     def __init__(self, config: T3DVisionConfig):
         super().__init__(config)
-        stem_stride = tuple(config.stem_stride)
+        stem_stride = cast("tuple[int, int, int]", tuple(config.stem_stride))
         self.conv1 = nn.Conv3d(
             config.num_channels,
             config.embedding_size,
@@ -141,7 +141,8 @@ class T3DResNet(T3DEncoder):
             blocks = [block_class(config, in_channels, out_channels, block_stride)]
             blocks += [block_class(config, out_channels, out_channels, 1) for _ in range(config.depths[stage] - 1)]
             self.add_module(name, nn.Sequential(*blocks))
-            self.feature_strides.append(tuple(stride * stage_stride for stride in stem_stride))
+            depth, height, width = (stride * stage_stride for stride in stem_stride)
+            self.feature_strides.append((depth, height, width))
 
     def get_input_embeddings(self) -> nn.Module:
         """The stem's convolution."""
@@ -172,13 +173,13 @@ class T3DViT(T3DEncoder):
             raise ValueError(
                 f"hidden_size={config.hidden_size} is too small for positions on three axes; use 6 or more"
             )
-        self.patch_size = tuple(config.patch_size)
+        self.patch_size = cast("tuple[int, int, int]", tuple(config.patch_size))
         # Linear over a patch's voxels in order (channel, z, y, x): a convolution whose stride is its kernel.
         self.patch_embedding = nn.Linear(config.num_channels * prod(self.patch_size), config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(T3DViTLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feature_channels = [config.hidden_size] * len(config.feature_layers)
+        self.feature_channels = [self.hidden_size] * len(config.feature_layers)
         self.feature_strides = [self.patch_size] * len(config.feature_layers)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -349,7 +350,15 @@ def grid_plan(shape: Sequence[int], size: Sequence[int], overlap: float = 0.0) -
     )
 
 
-def _random_center(box: Box, mask: np.ndarray | None, generator: np.random.Generator) -> tuple[float, ...]:
+class VoxelMask(Protocol):
+    """A (D, H, W) boolean array, or what is indexed by a voxel and turned into an array as one."""
+
+    def __getitem__(self, voxel: Any, /) -> Any: ...
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def _random_center(box: Box, mask: VoxelMask | None, generator: np.random.Generator) -> tuple[float, ...]:
     if mask is None:
         return tuple(s + float(u) * n for s, u, n in zip(box.start, generator.random(3), box.size, strict=True))
     for _ in range(64):  # a body fills half of its box or more: a miss 64 times in a row means a very odd mask
@@ -366,7 +375,7 @@ def independent_plan(
     num_views: int,
     box: Box,
     generator: np.random.Generator,
-    mask: np.ndarray | None = None,
+    mask: VoxelMask | None = None,
 ) -> tuple[Box, ...]:
     """Random views whose centres are uniform inside the body, moved inwards where they would leave the volume.
 
@@ -387,7 +396,7 @@ def overlapping_plan(
     num_views: int,
     box: Box,
     generator: np.random.Generator,
-    mask: np.ndarray | None = None,
+    mask: VoxelMask | None = None,
     *,
     minimum_overlap: float = 0.25,
 ) -> tuple[Box, ...]:

@@ -9,7 +9,7 @@
 import os
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ class T3DImageProcessor(BaseImageProcessor):
     valid_kwargs = T3DImageProcessorKwargs
     model_input_names: ClassVar[list[str]] = ["pixel_values", "local_pixel_values", "local_mask", "local_positions"]
     default_to_square = None
-    spacing = (1.5, 0.75, 0.75)
+    spacing: tuple[float, float, float] | None = (1.5, 0.75, 0.75)
     global_size = (128, 256, 256)
     local_size = (64, 128, 128)
     global_fit = "body"
@@ -203,7 +203,7 @@ class T3DImageProcessor(BaseImageProcessor):
             limits = value_range(array, self.intensity)
             outside = float(array.min()) if self.intensity == "zscore" else limits[0]
         array, affine = self._to_model_grid(array, volume, outside)
-        if self.intensity == "hu":
+        if limits is None:  # HU
             body = find_body(array, spacing_from_affine(affine), GAS_BELOW)
             if body is None:
                 raise VolumeIntensityError(f"{name}: no body found, nothing exceeds {GAS_BELOW:.0f} HU over 6 mm")
@@ -274,7 +274,7 @@ class T3DImageProcessor(BaseImageProcessor):
             body_box=prepared.body_box,
             affine=prepared.affine,
             global_affine=sampled_affine(prepared.affine, samplings),
-            global_scale=tuple(sampling.step for sampling in samplings),
+            global_scale=(samplings[0].step, samplings[1].step, samplings[2].step),
             discarded_mm=discarded,
             discarded_body_voxels=lost,
             local_boxes=tuple(boxes),
@@ -286,7 +286,7 @@ class T3DImageProcessor(BaseImageProcessor):
     def make_views(
         self,
         prepared: PreparedVolume,
-        views: int | str,
+        views: int | Literal["grid"],
         generator: np.random.Generator | int | None = None,
         positions: np.ndarray | None = None,
     ) -> LocalViews:
@@ -363,7 +363,7 @@ class T3DImageProcessor(BaseImageProcessor):
         affine: Any,
         volume_spacing: Any,
         volume_axes: Any,
-        views: int | str | None,
+        views: int | Literal["grid"] | None,
         seed: int | None,
         return_geometry: bool | None,
         return_tensors: str | None,

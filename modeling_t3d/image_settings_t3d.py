@@ -17,7 +17,7 @@ GLOBAL_FITS = ("body", "crop", "resize")
 VIEW_SAMPLINGS = ("independent", "overlapping", "aligned")
 
 
-class T3DImageProcessorKwargs(ImagesKwargs, total=False):
+class T3DImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, unread by mypy
     """Fields of [`T3DImageProcessor`] and arguments of its call; see there."""
 
     spacing: list[float | int] | tuple[float | int, ...] | None

@@ -52,7 +52,7 @@ def compose_report(
     return " ".join(words) if len(words) >= max(1, min_report_words) else None
 
 
-class T3DProcessorKwargs(ProcessingKwargs, total=False):
+class T3DProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, unread by mypy
     """Arguments of a call, by modality."""
 
     images_kwargs: T3DImageProcessorKwargs

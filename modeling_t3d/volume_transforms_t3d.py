@@ -240,8 +240,8 @@ class BodyMask:
 def whole_volume_mask(shape: Sequence[int]) -> BodyMask:
     """The mask of a volume that is body throughout."""
     depth, height, width = shape
-    box = Box((0, 0, 0), (depth, height, width))
-    return BodyMask(np.ones((1, 1, 1), dtype=bool), box.stop, box, box.stop)
+    whole = (depth, height, width)
+    return BodyMask(np.ones((1, 1, 1), dtype=bool), whole, Box((0, 0, 0), whole), whole)
 
 
 def _neighbours(mask: np.ndarray, beyond: bool) -> list[np.ndarray]:

@@ -62,8 +62,8 @@ class PretrainingDataset(Dataset):
             The whole report, or one to three of its sentences in their order, others in every epoch [choice]: prompts
             of a zero-shot classifier are single sentences.
         sentences_from_epoch (`int`, defaults to 0):
-            Earlier epochs show whole reports even under `text_sampling="sentences"` [choice]. Towers from scratch leave
-            their initial plateau sooner on whole reports, and learn negation from sentences.
+            Earlier epochs show whole reports even under `text_sampling="sentences"` [choice]. Towers from scratch
+            leave their initial plateau sooner on whole reports, and learn negation from sentences.
 
     Example:
 

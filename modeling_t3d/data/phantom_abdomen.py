@@ -18,7 +18,8 @@ def paint_trunk(scene: Scene, draws: RandomDraws) -> None:
     """Air, table, skin, fat, the muscular wall with its ribs, and the fat inside."""
     canvas, anatomy = scene.canvas, scene.anatomy
     height = canvas.axes[0]
-    whole = tuple(slice(0, size) for size in canvas.shape)
+    num_z, num_y, num_x = canvas.shape
+    whole = (slice(0, num_z), slice(0, num_y), slice(0, num_x))
     z, y, x = canvas.coordinates(whole)
     ring = anatomy.ring(z, y, x)
     steps = np.arange(RING_STEPS) * (1.5 / (RING_STEPS - 1))

@@ -98,7 +98,7 @@ class Canvas:
             start = min(max(math.floor((lo - origin) / spacing), 0), size)
             stop = min(max(math.ceil((hi - origin) / spacing) + 1, start), size)
             slices.append(slice(start, stop))
-        return tuple(slices)
+        return slices[0], slices[1], slices[2]
 
     def coordinates(self, box: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Body-frame mm of a box's voxels as float32 arrays of shapes (d, 1, 1), (1, h, 1), (1, 1, w)."""
@@ -149,10 +149,11 @@ class Canvas:
             [c + r + margin for c, r in zip(centre, reach, strict=True)],
         )
         if inside is not None:
-            box = tuple(
+            z_part, y_part, x_part = (
                 slice(max(a.start, b.start), max(min(a.stop, b.stop), max(a.start, b.start)))
                 for a, b in zip(box, inside[0], strict=True)
             )
+            box = (z_part, y_part, x_part)
         z, y, x = self.coordinates(box)
         z, y, x = z - centre[0], y - centre[1], x - centre[2]
         cosine, sine = math.cos(angle), math.sin(angle)

@@ -131,8 +131,19 @@ def paint_great_vessels(scene: Scene) -> None:
 
     descending = [lambda z, part=part: anatomy.aorta_axis(z)[part] for part in (0, 1)]
     ascending = [lambda z, part=part: anatomy.ascending_aorta(z)[part] for part in (0, 1)]
-    canvas.column(-300, arch + 4, *descending, anatomy.aorta_width, anatomy.aorta_width, tissue["artery"], organ=aorta)
-    canvas.column(heart_z + 8, arch + 4, *ascending, radius * 1.15, radius * 1.15, tissue["artery"], organ=aorta)
+    canvas.column(
+        -300,
+        arch + 4,
+        descending[0],
+        descending[1],
+        anatomy.aorta_width,
+        anatomy.aorta_width,
+        tissue["artery"],
+        organ=aorta,
+    )
+    canvas.column(
+        heart_z + 8, arch + 4, ascending[0], ascending[1], radius * 1.15, radius * 1.15, tissue["artery"], organ=aorta
+    )
     (front_x, front_y), (back_x, back_y) = anatomy.arch_ends()
     span = math.hypot(front_x - back_x, front_y - back_y)
     canvas.ellipsoid(
@@ -200,6 +211,8 @@ def paint_effusion(scene: Scene, draws: RandomDraws) -> None:
     """Fluid that lies at the back and the base of one or both pleural spaces, as in a patient on the back."""
     canvas, anatomy = scene.canvas, scene.anatomy
     index, severity = FINDINGS["pleural effusion"].index, scene.diffuse["pleural effusion"]
+    if scene.lungs is None:
+        raise ValueError("the scene has no lungs; paint them before an effusion")
     box, cover = scene.lungs
     z, y, x = canvas.coordinates(box)
     side = draws.choice(("right", "left", "bilateral"))

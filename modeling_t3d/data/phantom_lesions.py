@@ -55,7 +55,8 @@ def find_place(
     depths = depth(*points.T)
     for size in sizes:
         for point in points[depths > 0.5 * size + 1.0]:
-            centre = tuple(float(value) for value in point)
+            z, y, x = (float(value) for value in point)
+            centre = (z, y, x)
             if is_free(scene, centre, 0.5 * size):
                 scene.occupied.append((centre, 0.5 * size))
                 return centre, size

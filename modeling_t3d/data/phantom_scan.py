@@ -47,23 +47,25 @@ def draw_scan(draws: RandomDraws, shape: tuple[int, int, int] | None, resolution
     phase = draws.choice(("non-contrast", "arterial", "portal venous", "portal venous"))
     kernel = draws.choice(tuple(KERNELS))
     noise = draws.uniform(15.0, 30.0)
-    view = [
+    view_z, view_y, view_x = (
         size * draws.uniform(low, high)
         for size, low, high in zip(FIELD_OF_VIEW, (0.97, 0.97, 0.98), (1.04, 1.04, 1.06), strict=True)
-    ]
+    )
     in_plane = draws.uniform(0.93, 1.07) * resolution
-    spacing = (draws.uniform(0.90, 1.10) * resolution, in_plane, in_plane)
+    between_slices = draws.uniform(0.90, 1.10) * resolution
     if shape is None:
-        spacing = tuple(round(value, 3) for value in spacing)
-        shape = tuple(round(size / step) for size, step in zip(view, spacing, strict=True))
+        spacing = (round(between_slices, 3), round(in_plane, 3), round(in_plane, 3))
+        shape = (round(view_z / spacing[0]), round(view_y / spacing[1]), round(view_x / spacing[2]))
     else:
-        spacing = tuple(round(size / count, 3) for size, count in zip(view, shape, strict=True))
+        num_z, num_y, num_x = shape
+        shape = (num_z, num_y, num_x)
+        spacing = (round(view_z / num_z, 3), round(view_y / num_y, 3), round(view_x / num_x, 3))
     return ScanSettings(
         phase=phase,
         kernel=kernel,
         noise=noise,
         spacing=spacing,
-        shape=tuple(shape),
+        shape=shape,
         centre=(12.0 + draws.uniform(-8, 8), draws.uniform(-8, 2), draws.uniform(-6, 6)),
         overlap=draws.uniform(0.0, 0.14),
         breath=draws.uniform(-6, 8),

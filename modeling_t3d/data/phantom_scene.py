@@ -31,8 +31,8 @@ class Scene:
 
     def record(self, finding: str, side: str, place: str, size: float, centre, severity: float = 0.5) -> None:
         """Note one occurrence; `centre` is (z, y, x) in the body frame, mm."""
-        world = tuple(float(c + o) for c, o in zip(reversed(centre), self.offset, strict=True))
-        self.lesions.append(Lesion(finding, side, place, round(float(size), 1), world, float(severity)))
+        x, y, z = (float(c + o) for c, o in zip(reversed(centre), self.offset, strict=True))
+        self.lesions.append(Lesion(finding, side, place, round(float(size), 1), (x, y, z), float(severity)))
 
 
 __all__ = ["Scene"]

@@ -133,10 +133,11 @@ def generate_phantom(
     if "hepatic steatosis" in diffuse:
         fat = 24.0 + 10.0 * diffuse["hepatic steatosis"]
         tissue["liver"] -= fat * (1.0 if scan.phase == "non-contrast" else 1.3)
-    origin = tuple(
+    z, y, x = (
         centre - 0.5 * (count - 1) * step
         for centre, count, step in zip(scan.centre, scan.shape, scan.spacing, strict=True)
     )
+    origin = (z, y, x)
     scene = Scene(Canvas(scan.shape, scan.spacing, origin), anatomy, tissue, scan.offset, diffuse)
     paint_organs(scene, RandomDraws(ORGAN, patient), RandomDraws(ACUTE, seed, 1))
     for name, spec in FINDINGS.items():
