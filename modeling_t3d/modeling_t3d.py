@@ -235,9 +235,6 @@ class T3DModel(T3DPreTrainedModel):
 
     ```"""
 
-    # A pre-training folder holds one module more.
-    _keys_to_ignore_on_load_unexpected = [r"^multi_view_alignment\."]  # noqa: RUF012
-
     def __init__(self, config: T3DConfig):
         super().__init__(config)
         self.vision_model = T3DVisionModel._from_config(config.vision_config)
