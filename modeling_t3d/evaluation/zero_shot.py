@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..processing_t3d import ABSENT_TEMPLATE, PRESENT_TEMPLATE
 from .encoding import Embeddings, embed_samples, encode_prompts
 from .findings import choose_thresholds, score_findings, to_units
 from .protocol import ProtocolCard, split_hash
@@ -18,7 +19,7 @@ from .results import Results
 from .retrieval import DEFAULT_KS, report_volume_retrieval
 
 # The field's wording for CT-RATE.
-DEFAULT_TEMPLATES = (("{} is present.", "{} is not present."),)
+DEFAULT_TEMPLATES = ((PRESENT_TEMPLATE, ABSENT_TEMPLATE),)
 PROTOCOLS = ("clean", "ct-clip")
 
 PromptPairs = Mapping[str, Sequence[tuple[str, str]]]
