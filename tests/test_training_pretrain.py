@@ -57,6 +57,7 @@ def settings_overrides(manifest: Path, output_dir: Path, *overrides: str) -> lis
     return [
         f"data.manifest={manifest}",
         "data.num_preparation_workers=0",
+        "data.validation_split=null",
         "image_processor={spacing: [8, 8, 8], global_size: [16, 16, 16], local_size: [8, 8, 8], num_local_views: 2}",
         f"model.overrides={json.dumps({'vision_config': VISION})}",
         f"training.output_dir={output_dir}",
