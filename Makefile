@@ -23,7 +23,7 @@ $(INSTALLED): setup.py Makefile
 # Phantoms as NIfTI files, pre-training from their manifest, evaluation of the saved folder: the steps of any project.
 QUICKSTART := outputs/quickstart
 quickstart: $(INSTALLED)
-	$(BIN)/python examples/make_phantoms.py --output $(QUICKSTART)/phantoms --train 3000 --validation 100 --test 300 \
+	$(BIN)/python examples/make_phantoms.py --output $(QUICKSTART)/phantoms --train 2400 --validation 100 --test 300 \
 		--masks --uncompressed --num-workers $(WORKERS)
 	$(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(WORKERS) \
 		examples/pretrain.py --config examples/configs/quickstart.yaml

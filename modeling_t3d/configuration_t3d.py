@@ -31,18 +31,34 @@ _BASE_KEYS = frozenset(
     }
 )
 
+# What `from_pretrained` hands on besides fields.
+_LOADING_KEYS = frozenset({"return_unused_kwargs", "_from_auto", "_from_pipeline"})
+
 _BOTTLENECK_EXPANSION = 4
+# Fields of the vision tower that others decide where they are not given.
+_DERIVED_FIELDS = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size", "feature_layers"})
+_SHAPING_FIELDS = frozenset({"encoder_type", "hidden_sizes", "depths", "hidden_size", "num_hidden_layers"})
 
 
-def _refuse_unknown(config: PreTrainedConfig, unknown: dict[str, Any]) -> None:
+def _refuse_unknown(config: PreTrainedConfig | type[PreTrainedConfig], unknown: dict[str, Any]) -> None:
     """Raise on a keyword that is no field: `PreTrainedConfig` would keep a typo silently and train another model."""
-    known = {field.name for field in fields(config)} | set(type(config).attribute_map)
+    config_class: type[PreTrainedConfig] = config if isinstance(config, type) else type(config)
+    known = {field.name for field in fields(config)} | set(config_class.attribute_map)
     for name in unknown:
         if name in _BASE_KEYS or name in known:
             continue
         nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; its fields are {', '.join(sorted(known))}"
-        raise ValueError(f"{type(config).__name__} has no field {name!r}{hint}")
+        raise ValueError(f"{config_class.__name__} has no field {name!r}{hint}")
+
+
+def _checked(config_class: type[PreTrainedConfig], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `from_pretrained`, refused if unknown, unless the caller asked for the unused ones back."""
+    if not keywords.get("return_unused_kwargs"):
+        known = {field.name for field in fields(config_class)} | _BASE_KEYS | _LOADING_KEYS
+        for name in keywords.keys() - known:
+            _refuse_unknown(config_class, {name: keywords[name]})
+    return keywords
 
 
 def _triple(name: str, value: int | list[int] | tuple[int, ...]) -> list[int]:
@@ -141,8 +157,14 @@ class T3DVisionConfig(PreTrainedConfig):
         self.stem_stride = _triple("stem_stride", self.stem_stride)
         self.patch_size = _triple("patch_size", self.patch_size)
         if self.encoder_type == "resnet":
-            self.hidden_size = self.hidden_sizes[-1]
-            self.num_hidden_layers = sum(self.depths)
+            derived = {"hidden_size": self.hidden_sizes[-1], "num_hidden_layers": sum(self.depths)}
+            for name, value in derived.items():
+                if getattr(self, name) not in (None, value):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} contradicts hidden_sizes and depths of the ResNet, which give "
+                        f"{value}; leave {name} out"
+                    )
+                setattr(self, name, value)
         else:
             self.hidden_size = 768 if self.hidden_size is None else self.hidden_size
             self.num_hidden_layers = 12 if self.num_hidden_layers is None else self.num_hidden_layers
@@ -152,6 +174,15 @@ class T3DVisionConfig(PreTrainedConfig):
             quarters = {max(1, round(self.num_hidden_layers * part / 4)) for part in (1, 2, 3, 4)}
             self.feature_layers = sorted(quarters)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T3DVisionConfig":
+        """As in Transformers; a field among the keywords is set before others are derived from it."""
+        names = {field.name for field in fields(cls)}
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in names and name != "dtype"}
+        if changes.keys() & _SHAPING_FIELDS:
+            config_dict = {name: value for name, value in config_dict.items() if name not in _DERIVED_FIELDS}
+        return super().from_dict({**config_dict, **changes}, **_checked(cls, kwargs))
 
     def validate_architecture(self):
         """Checks that span several fields."""
@@ -304,6 +335,11 @@ class T3DConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_frozen_text_layers={self.num_frozen_text_layers}, but the text tower has {depth} layers"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T3DConfig":
+        """As in Transformers, but an unknown keyword raises."""
+        return super().from_dict(config_dict, **_checked(cls, kwargs))
 
     def to_vision_config(self) -> T3DVisionConfig:
         """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""

@@ -284,3 +284,26 @@ def test_provenance_is_saved(make, tmp_path):
     config = make(provenance={"source": "weights.pth", "sha256": "0" * 64, "licence": "MIT"})
     config.save_pretrained(tmp_path)
     assert type(config).from_pretrained(tmp_path).provenance["licence"] == "MIT"
+
+
+def test_from_pretrained_refuses_an_unknown_keyword(tmp_path):
+    T3DConfig.from_preset("tiny").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'view_fusion'"):
+        T3DConfig.from_pretrained(tmp_path, view_fussion="mean")
+    with pytest.raises(ValueError, match="did you mean 'depths'"):
+        T3DVisionConfig.from_pretrained(tmp_path, dephts=[1, 1, 1, 2])
+    assert T3DConfig.from_pretrained(tmp_path, view_fusion="mean").view_fusion == "mean"
+    _, unused = T3DConfig.from_pretrained(tmp_path, other=1, return_unused_kwargs=True)
+    assert unused == {"other": 1}
+
+
+def test_from_pretrained_derives_anew_what_a_change_decides(tmp_path):
+    T3DConfig.from_preset("tiny").vision_config.save_pretrained(tmp_path)
+    assert T3DVisionConfig.from_pretrained(tmp_path, depths=[1, 1, 1, 2]).num_hidden_layers == 5
+    vit = T3DVisionConfig.from_pretrained(tmp_path, encoder_type="vit")
+    assert (vit.hidden_size, vit.num_hidden_layers, list(vit.feature_layers)) == (768, 12, [3, 6, 9, 12])
+
+
+def test_a_size_that_contradicts_the_resnet_is_refused():
+    with pytest.raises(ValueError, match="hidden_size=99 contradicts"):
+        T3DVisionConfig(hidden_size=99)
