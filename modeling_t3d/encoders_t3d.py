@@ -84,6 +84,7 @@ class T3DEncoder(nn.Module):
         self.config = config
         self.hidden_size = int(config.hidden_size)
 
+    # The contract: each encoder in `ENCODERS` implements these two; this base is never built itself.
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
         """Encode views of shape `(batch, num_channels, depth, height, width)`."""
         raise NotImplementedError
