@@ -1,19 +1,23 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Text headers of NRRD and MetaImage, checked before a library parses them: damaged ones can end the whole process.
+"""Checks of what a header promises, before anything is allocated, and of the text headers of NRRD and MetaImage.
 
-The checks say what is wrong with a header; voxels, spacing and directions are read by SimpleITK afterwards.
+Damaged text headers can end the whole process of the library that parses them, hence the checks before it does. They
+say what is wrong; voxels, spacing and directions are left to the libraries.
 """
 
+import gzip
 import math
 import os
 import re
 import zlib
+from collections.abc import Sequence
 
 from .geometry_t3d import VolumeReadError
 
 # Deflate packs at most 1032 to 1: a header that promises more than this many times the file is damaged or hostile.
 MAXIMUM_DEFLATE = 1040
+ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 META_SIZES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8}
 META_TYPES = {  # bytes per number
     **{f"MET_{sign}{kind}": size for sign in ("", "U") for kind, size in META_SIZES.items()},
@@ -29,6 +33,62 @@ META_NUMBERS = {
 }
 WHOLE_NUMBERS = ("ndims", "dimsize", "compresseddatasize", "headersize", "elementnumberofchannels")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+
+
+def archive_kind(path: str) -> str | None:
+    """What kind of archive a file is by its first bytes, such as `"an encrypted zip archive"`; None for any other."""
+    with open(path, "rb") as stream:
+        start = stream.read(512)
+    if start.startswith(ZIP_MARKS):
+        # Bit 0 of the flags of the first entry.
+        return (
+            "an encrypted zip archive"
+            if start[:4] == ZIP_MARKS[0] and start[6:7] and start[6] & 1
+            else "a zip archive"
+        )
+    marks = {b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a RAR archive"}
+    for mark, kind in marks.items():
+        if start.startswith(mark):
+            return kind
+    return "a tar archive" if start[257:262] == b"ustar" else None
+
+
+def damaged(source: str, kind: str, error: Exception) -> VolumeReadError:
+    """The error for whatever a parser raised; its own text is not repeated, it may quote the header."""
+    compressed = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+    reason = "its compressed data ends early or is wrong" if compressed else type(error).__name__
+    return VolumeReadError(f"{source}: is not a readable {kind} file: truncated, damaged or another format ({reason})")
+
+
+def check_promise(source: str, shape: Sequence[int], item_size: int, held: int) -> None:
+    """Refuse, before anything is allocated, a header that promises more than the file can hold."""
+    if min(shape) < 1:
+        raise VolumeReadError(
+            f"{source}: its header gives a size of {'x'.join(map(str, shape))}; no axis may be empty"
+        )
+    promised = math.prod(int(size) for size in shape) * item_size
+    if promised > held:
+        raise VolumeReadError(
+            f"{source}: its header promises {'x'.join(map(str, shape))} voxels ({promised:,} bytes), more than the "
+            "file holds; it is truncated or damaged"
+        )
+
+
+def pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
+    """The time point to take from a shape (x, y, z, t, ...); 0 for one volume."""
+    spatial, rest = shape[:3], [size for size in shape[3:] if size != 1]
+    if len(spatial) < 3:
+        raise VolumeReadError(f"{source}: holds {len(spatial)} axes; a volume needs three")
+    if len(rest) > 1 or (rest and rest[0] != shape[3]):
+        raise VolumeReadError(f"{source}: has shape {tuple(shape)}, several values per voxel; pass one volume")
+    count = rest[0] if rest else 1
+    if rest and time_index is None:
+        raise VolumeReadError(f"{source}: holds {count} volumes (4-D); choose one with time_index=0..{count - 1}")
+    if time_index is not None and (
+        isinstance(time_index, bool) or not isinstance(time_index, int) or not 0 <= time_index < count
+    ):
+        raise VolumeReadError(f"{source}: time_index={time_index!r} is outside 0..{count - 1}")
+    return time_index or 0
 
 
 def read_text_header(source: str) -> tuple[dict[str, str], int]:
@@ -144,4 +204,4 @@ def _element_type(fields: dict[str, str]) -> str:
     return fields.get("elementtype", "").removesuffix("_ARRAY")
 
 
-__all__ = ["MAXIMUM_DEFLATE", "read_text_header"]
+__all__ = ["MAXIMUM_DEFLATE", "archive_kind", "check_promise", "damaged", "pick_time", "read_text_header"]

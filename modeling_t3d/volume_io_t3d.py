@@ -12,6 +12,7 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,29 +25,33 @@ from .geometry_t3d import (
     VolumeReadError,
     affine_from_axes,
     check_affine,
+    shear,
 )
 from .volume_arithmetic_t3d import remove_shear, rescale
-from .volume_dicom_t3d import quiet_parsers, read_dicom
-from .volume_headers_t3d import MAXIMUM_DEFLATE, read_text_header
+from .volume_dicom_t3d import describe_series, quiet_parsers, read_dicom
+from .volume_headers_t3d import MAXIMUM_DEFLATE, archive_kind, check_promise, damaged, pick_time
+from .volume_itk_t3d import LPS_TO_RAS, from_simple_itk, read_itk
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", "")
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def read_volume(path: str | os.PathLike, *, series: int | None = None, time_index: int | None = None) -> Volume:
+def read_volume(
+    path: str | os.PathLike, *, series: int | None = None, time_index: int | None = None, resample: bool = True
+) -> Volume:
     """Read one volume from disk: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, `.mhd`, a DICOM file or a folder of them.
 
     Values are those after the header's rescale (HU for CT): int16 or int32 where the file stores whole numbers and the
-    rescale keeps them whole, else float32. A sheared grid (gantry tilt) is resampled to right angles and says so in
-    `warnings`.
+    rescale keeps them whole, else float32. A sheared grid (gantry tilt) is resampled to right angles, slightly uneven
+    slices to even ones; `warnings` says so.
 
     Args:
         path: file or folder.
-        series: which series of a DICOM folder, by its place in the list that the error shows. By default the only
-            series, or the only axial CT series.
+        series: which series of a DICOM folder, by its place in `list_series(path)`. By default the only series, or
+            the only axial CT series.
         time_index: which volume of a 4-D file.
+        resample: `False` refuses a sheared grid and uneven slices.
 
     Raises:
         VolumeReadError: names the path as given, the reason and, where there is one, the remedy.
@@ -62,6 +67,8 @@ def read_volume(path: str | os.PathLike, *, series: int | None = None, time_inde
     if not isinstance(source, str):
         raise VolumeReadError(f"{source!r}: a path is a string or a pathlib.Path")
     is_folder = _check_readable(source)
+    if not is_folder and (archive := archive_kind(source)):
+        raise VolumeReadError(f"{source}: is {archive}; unpack it and pass the file or folder inside")
     name = os.path.basename(source).lower()
     suffix = ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
     is_dicom = is_folder or not (suffix in NIFTI_SUFFIXES or suffix in ITK_SUFFIXES)
@@ -72,18 +79,35 @@ def read_volume(path: str | os.PathLike, *, series: int | None = None, time_inde
     try:
         with quiet_parsers():
             if is_dicom:
-                volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series)
+                volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series, resample=resample)
             elif suffix in NIFTI_SUFFIXES:
                 volume = _read_nifti(source, time_index)
             else:
-                volume = _read_itk(source, time_index)
-            return remove_shear(volume)
+                volume = read_itk(source, time_index)
+            return _right_angled(volume, resample)
     except VolumeReadError:
         raise
     except VolumeError as error:
         raise VolumeReadError(f"{source}: {error}") from None
     except MemoryError:
         raise VolumeReadError(f"{source}: the volume does not fit in memory") from None
+
+
+def list_series(path: str | os.PathLike) -> tuple[str, ...]:
+    """The series of a DICOM folder or file, such as `"CT axial 512x512x300"`, in the order that `series=` counts."""
+    source = os.fspath(path)
+    is_folder = _check_readable(source)
+    suffix = os.path.splitext(source)[1].lower()
+    return describe_series(source, _dicom_files(source, suffix, is_folder))
+
+
+def _right_angled(volume: Volume, resample: bool) -> Volume:
+    if volume.is_sheared and not resample:
+        raise VolumeGeometryError(
+            f"the axes are {math.degrees(math.asin(min(1.0, shear(volume.affine)))):.1f} degrees off a right angle "
+            "(gantry tilt or a sheared affine); pass resample=True to have it resampled"
+        )
+    return remove_shear(volume)
 
 
 def _check_readable(source: str) -> bool:
@@ -111,9 +135,15 @@ def _check_readable(source: str) -> bool:
 
 def _dicom_files(source: str, suffix: str, is_folder: bool) -> list[str]:
     if is_folder:
+
+        def stop(error: OSError) -> None:  # a folder left out in silence would be a gap in the scan
+            raise VolumeReadError(
+                f"{source}: a folder in it cannot be opened ({error.strerror}); check its permissions"
+            )
+
         files = sorted(
             os.path.join(folder, name)
-            for folder, _, names in os.walk(source)
+            for folder, _, names in os.walk(source, onerror=stop)
             for name in names
             if not name.startswith(".") and name.upper() != "DICOMDIR"
         )
@@ -126,44 +156,6 @@ def _dicom_files(source: str, suffix: str, is_folder: bool) -> list[str]:
             known = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES))
             raise VolumeReadError(f"{source}: unknown format; supported are {known}, DICOM files and DICOM folders")
     return [source]
-
-
-def _damaged(source: str, kind: str, error: Exception) -> VolumeReadError:
-    """The error for whatever a parser raised; its own text is not repeated, it may quote the header."""
-    compressed = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
-    reason = "its compressed data ends early or is wrong" if compressed else type(error).__name__
-    return VolumeReadError(f"{source}: is not a readable {kind} file: truncated, damaged or another format ({reason})")
-
-
-def _check_promise(source: str, shape: Sequence[int], item_size: int, held: int) -> None:
-    """Refuse, before anything is allocated, a header that promises more than the file can hold."""
-    if min(shape) < 1:
-        raise VolumeReadError(
-            f"{source}: its header gives a size of {'x'.join(map(str, shape))}; no axis may be empty"
-        )
-    promised = math.prod(int(size) for size in shape) * item_size
-    if promised > held:
-        raise VolumeReadError(
-            f"{source}: its header promises {'x'.join(map(str, shape))} voxels ({promised:,} bytes), more than the "
-            "file holds; it is truncated or damaged"
-        )
-
-
-def _pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
-    """The time point to take from a shape (x, y, z, t, ...); 0 for one volume."""
-    spatial, rest = shape[:3], [size for size in shape[3:] if size != 1]
-    if len(spatial) < 3:
-        raise VolumeReadError(f"{source}: holds {len(spatial)} axes; a volume needs three")
-    if len(rest) > 1 or (rest and rest[0] != shape[3]):
-        raise VolumeReadError(f"{source}: has shape {tuple(shape)}, several values per voxel; pass one volume")
-    count = rest[0] if rest else 1
-    if rest and time_index is None:
-        raise VolumeReadError(f"{source}: holds {count} volumes (4-D); choose one with time_index=0..{count - 1}")
-    if time_index is not None and (
-        isinstance(time_index, bool) or not isinstance(time_index, int) or not 0 <= time_index < count
-    ):
-        raise VolumeReadError(f"{source}: time_index={time_index!r} is outside 0..{count - 1}")
-    return time_index or 0
 
 
 def _import_nibabel(source: str) -> Any:
@@ -190,7 +182,7 @@ def _read_nifti(source: str, time_index: int | None) -> Volume:
             stored = image.header_class.from_fileobj(stream, check=False)
             factors = float(stored["scl_slope"]), float(stored["scl_inter"])
     except Exception as error:  # a damaged file can make the parser raise anything
-        raise _damaged(source, "NIfTI", error) from None
+        raise damaged(source, "NIfTI", error) from None
     if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image):
         raise VolumeReadError(f"{source}: is not a NIfTI volume")
     _check_type(source, dtype)
@@ -198,9 +190,9 @@ def _read_nifti(source: str, time_index: int | None) -> Volume:
         raise VolumeReadError(f"{source}: its header gives an infinite rescale (scl_slope or scl_inter)")
     size = os.path.getsize(source)
     if source[-3:].lower() != ".gz":
-        _check_promise(source, shape, dtype.itemsize, size - offset)
+        check_promise(source, shape, dtype.itemsize, size - offset)
         return _from_nibabel(nibabel, image, source, time_index)
-    _check_promise(source, shape, dtype.itemsize, size * MAXIMUM_DEFLATE)
+    check_promise(source, shape, dtype.itemsize, size * MAXIMUM_DEFLATE)
     try:
         with gzip.open(source) as stream:
             holder = nibabel.fileholders.FileHolder(fileobj=stream)
@@ -208,13 +200,13 @@ def _read_nifti(source: str, time_index: int | None) -> Volume:
             while stream.read(1 << 20):  # to the end, where the checksum is compared
                 pass
     except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(source, "NIfTI", error) from None
+        raise damaged(source, "NIfTI", error) from None
     return volume
 
 
 def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None) -> Volume:
     """A Volume from a nibabel image; `source` names it in messages."""
-    time = _pick_time(source, image.shape, time_index)
+    time = pick_time(source, image.shape, time_index)
     slope, intercept = 1.0, 0.0
     try:
         proxy = image.dataobj
@@ -224,7 +216,7 @@ def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None)
             stored = np.asanyarray(proxy)
         affine, header = image.affine, image.header
     except Exception as error:  # as above; a compressed file is only read here
-        raise _damaged(source, "NIfTI", error) from None
+        raise damaged(source, "NIfTI", error) from None
     _check_type(source, stored.dtype)
     notes: list[str] = []
     if affine is None:
@@ -247,87 +239,79 @@ def _spatial_unit(header: Any) -> str:
         return "unknown"
 
 
-def _read_itk(source: str, time_index: int | None) -> Volume:
-    try:
-        import SimpleITK
-    except ImportError:
-        raise VolumeReadError(
-            f'{source}: reading it needs SimpleITK; install it with pip install "modeling_t3d[formats]"'
-        ) from None
-    fields, held = read_text_header(source)
-    shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(source)
-        reader.ReadImageInformation()
-        shape, dimension = reader.GetSize(), reader.GetDimension()
-        kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
-        if reader.GetNumberOfComponents() != 1 or "complex" in kind:
-            raise VolumeReadError(f"{source}: holds {kind}, not one number per voxel; convert it first")
-        bits = next((bits for bits in (8, 16, 32, 64) if str(bits) in kind), 8)
-        _check_promise(source, shape, bits // 8, held)
-        time = _pick_time(source, shape, time_index)
-        if dimension > 3:
-            reader.SetExtractSize([*shape[:3], *[0] * (dimension - 3)])
-            reader.SetExtractIndex([0, 0, 0, time, *[0] * (dimension - 4)])
-        image = reader.Execute()
-        stored = SimpleITK.GetArrayViewFromImage(image)
-        spacing, origin, direction = reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
-        values = rescale(stored, 1.0, 0.0)
-    except VolumeError:
-        raise
-    except Exception as error:  # the reader raises RuntimeError with text of its own for everything
-        raise _damaged(source, "NRRD or MetaImage", error) from None
-    finally:
-        SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(direction, (dimension, dimension))[:3, :3] * spacing[:3]
-    affine[:3, 3] = origin[:3]
-    affine = LPS_TO_RAS @ affine
-    affine[:, :3] = affine[:, 2::-1]  # the array's order is (z, y, x) of the file
-    oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(fields)
-    notes = () if oriented else ("the header gives no orientation: the axes are taken as left, posterior, superior",)
-    return Volume(values, affine, source=source, warnings=notes)
-
-
 def to_volume(
     image: Any,
     *,
     affine: np.ndarray | None = None,
     spacing: Sequence[float] | None = None,
     axes: str | None = None,
+    resample: bool = True,
 ) -> Volume:
-    """A right-angled Volume from whatever holds one: an array or tensor, a nibabel image, a Volume or a path.
+    """A right-angled Volume from whatever holds one.
 
     Args:
-        image: 3-D numpy array or tensor, nibabel image, Volume, or path for `read_volume`.
+        image: 3-D numpy array or tensor; MONAI `MetaTensor` or TorchIO image, both with or without a channel axis of
+            one; nibabel image; SimpleITK image; Volume; or path for `read_volume`.
         affine: (4, 4), indices of the array in its own axis order to RAS+ world mm. Arrays and tensors only.
         spacing: voxel size in mm per array axis, for an array without affine; needs `axes`.
         axes: the direction in which each array axis grows, e.g. `"SAR"` for (z, y, x); see `affine_from_axes`.
+        resample: `False` refuses a sheared grid, and uneven slices of a path.
 
     Example:
         >>> to_volume(np.zeros((40, 64, 64), dtype=np.int16), spacing=(2.0, 0.7, 0.7), axes="SPL").axis_codes
         'SPL'
     """
-    if isinstance(image, np.ndarray | torch.Tensor):
-        return remove_shear(_from_array(image, affine, spacing, axes))
+    if isinstance(image, np.ndarray | torch.Tensor) and (
+        getattr(image, "affine", None) is None or affine is not None or spacing is not None
+    ):
+        return _right_angled(_from_array(image, affine, spacing, axes), resample)
     if affine is not None or spacing is not None or axes is not None:
         raise VolumeGeometryError(
             "affine, spacing and axes describe a bare array; this input carries its own geometry"
         )
-    if isinstance(image, Volume):
-        return remove_shear(image)
     if isinstance(image, str | os.PathLike):
-        return read_volume(image)
-    nibabel = _import_nibabel("nibabel image")
-    if isinstance(image, nibabel.spatialimages.SpatialImage):
-        with quiet_parsers():
-            return remove_shear(_from_nibabel(nibabel, image, "nibabel image", None))
+        return read_volume(image, resample=resample)
+    with quiet_parsers():
+        return _right_angled(_from_object(image), resample)
+
+
+def _from_object(image: Any) -> Volume:
+    """A Volume from an object of another library, told by where its type is defined: none of them is imported."""
+    if isinstance(image, Volume):
+        return image
+    package = type(image).__module__.partition(".")[0]
+    if isinstance(image, torch.Tensor):  # MONAI's, the one tensor with an affine
+        volume = _from_array(_without_channel(image.detach().as_subclass(torch.Tensor)), image.affine, None, None)
+        if image.meta.get("space") == "LPS":
+            volume = replace(volume, affine=LPS_TO_RAS @ volume.affine)
+        if np.array_equal(volume.affine, np.eye(4)):
+            note = "the affine is the unit matrix, which a MetaTensor has where none was given: 1 mm voxels, RAS"
+            volume = replace(volume, warnings=(note,))
+        return volume
+    if package == "SimpleITK" and type(image).__name__ == "Image":
+        return from_simple_itk(image)
+    if package == "torchio" and type(image).__name__ in ("Image", "ScalarImage", "LabelMap"):
+        try:
+            data, affine = image.data, image.affine  # a lazy image is read here
+        except Exception as error:  # any of the readers behind it
+            raise VolumeReadError(f"TorchIO image: cannot be loaded ({type(error).__name__})") from None
+        return _from_array(_without_channel(data), affine, None, None)
+    if package == "nibabel":
+        nibabel = _import_nibabel("nibabel image")
+        if isinstance(image, nibabel.spatialimages.SpatialImage):
+            return _from_nibabel(nibabel, image, "nibabel image", None)
     raise VolumeGeometryError(
-        f"a {type(image).__name__} is not a volume; pass a path, a numpy array or tensor with affine=, a nibabel "
-        "image or a Volume"
+        f"a {type(image).__name__} is not a volume; pass a path, a numpy array or tensor with affine=, a "
+        "MetaTensor, a nibabel, SimpleITK or TorchIO image, or a Volume"
     )
+
+
+def _without_channel(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim == 4 and tensor.shape[0] == 1:
+        return tensor[0]
+    if tensor.ndim != 3:
+        raise VolumeGeometryError(f"the image has shape {tuple(tensor.shape)}; pass one volume with one channel")
+    return tensor
 
 
 def _from_array(image: Any, affine: Any, spacing: Sequence[float] | None, axes: str | None) -> Volume:
@@ -389,4 +373,4 @@ def _umask() -> int:
     return current
 
 
-__all__ = ["VolumeReadError", "read_volume", "remove_shear", "to_volume", "write_nifti"]
+__all__ = ["VolumeReadError", "list_series", "read_volume", "remove_shear", "to_volume", "write_nifti"]

@@ -22,11 +22,20 @@ ALLOWED = {
     "encoder_blocks_t3d": {"configuration_t3d"},
     "encoders_t3d": {"configuration_t3d", "encoder_blocks_t3d"},
     "volume_arithmetic_t3d": {"geometry_t3d"},
-    "volume_dicom_t3d": {"geometry_t3d", "volume_arithmetic_t3d"},
+    "volume_slices_t3d": set(),
+    "volume_dicom_t3d": {"geometry_t3d", "volume_arithmetic_t3d", "volume_headers_t3d", "volume_slices_t3d"},
     "volume_headers_t3d": {"geometry_t3d"},
-    "volume_io_t3d": {"geometry_t3d", "volume_arithmetic_t3d", "volume_dicom_t3d", "volume_headers_t3d"},
+    "volume_itk_t3d": {"geometry_t3d", "volume_arithmetic_t3d", "volume_headers_t3d"},
+    "volume_io_t3d": {
+        "geometry_t3d",
+        "volume_arithmetic_t3d",
+        "volume_dicom_t3d",
+        "volume_headers_t3d",
+        "volume_itk_t3d",
+    },
     "volume_transforms_t3d": {"geometry_t3d"},
     "intensity_t3d": {"geometry_t3d"},
+    "tile_plan_t3d": {"geometry_t3d"},
     "prepared_volume_t3d": {"geometry_t3d", "intensity_t3d", "volume_transforms_t3d"},
     "image_settings_t3d": {"intensity_t3d"},
     "image_processing_t3d": {
@@ -34,6 +43,7 @@ ALLOWED = {
         "image_settings_t3d",
         "intensity_t3d",
         "prepared_volume_t3d",
+        "tile_plan_t3d",
         "volume_transforms_t3d",
         "volume_io_t3d",
     },
@@ -42,7 +52,14 @@ ALLOWED = {
     "modeling_outputs_t3d": set(),
     "modeling_t3d": {"configuration_t3d", "encoders_t3d", "layers_t3d", "loss_t3d", "modeling_outputs_t3d"},
     "pipelines_t3d": {"geometry_t3d", "modeling_t3d", "processing_t3d"},
-    "data": {"geometry_t3d", "prepared_volume_t3d", "volume_io_t3d", "volume_transforms_t3d"},
+    "data": {
+        "geometry_t3d",
+        "intensity_t3d",
+        "prepared_volume_t3d",
+        "tile_plan_t3d",
+        "volume_io_t3d",
+        "volume_transforms_t3d",
+    },
     "training": {"loss_t3d"},
     "evaluation": {"geometry_t3d", "processing_t3d", "volume_transforms_t3d"},
 }
@@ -70,15 +87,14 @@ def imports_of(path: Path) -> list[tuple[int, str, bool]]:
 
 def sibling_imports(path: Path) -> set[str]:
     """Names of the package's own files and folders that a file imports, itself and its own folder left out."""
-    own = path.parent.name if path.parent != PACKAGE else path.stem
+    inside = path.relative_to(PACKAGE).parts
+    own = inside[0].removesuffix(".py")
     siblings = set()
     for level, module, _ in imports_of(path):
         parts = module.split(".")
         if level == 0 and parts[0] == "modeling_t3d":
             siblings.add(parts[1] if len(parts) > 1 else "__init__")
-        elif level == 1:
-            siblings.add(parts[0] if path.parent == PACKAGE else own)
-        elif level == 2:
+        elif level == len(inside):  # as many dots as folders: the package's top
             siblings.add(parts[0])
     return siblings - {own}
 

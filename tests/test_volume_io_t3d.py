@@ -20,6 +20,7 @@ from modeling_t3d import volume_arithmetic_t3d, volume_io_t3d
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
 from modeling_t3d.volume_arithmetic_t3d import remove_shear, rescale
 from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume, write_nifti
+from modeling_t3d.volume_itk_t3d import LPS_TO_RAS
 
 SimpleITK = pytest.importorskip("SimpleITK")
 
@@ -154,7 +155,7 @@ def test_four_dimensions(tmp_path, scan):
 @pytest.mark.parametrize("compressed", [False, True])
 def test_itk_formats_agree_with_nifti(tmp_path, scan, suffix, compressed):
     image = SimpleITK.GetImageFromArray(scan)  # x is the last axis
-    directions = volume_io_t3d.LPS_TO_RAS[:3, :3] @ AFFINE[:3, :3] / np.linalg.norm(AFFINE[:3, :3], axis=0)
+    directions = LPS_TO_RAS[:3, :3] @ AFFINE[:3, :3] / np.linalg.norm(AFFINE[:3, :3], axis=0)
     image.SetDirection(directions.ravel().tolist())
     image.SetSpacing((0.8, 0.7, 1.25))
     image.SetOrigin((3.0, -4.5, 6.0))

@@ -1,0 +1,85 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""NRRD and MetaImage files, and SimpleITK images in memory, to a Volume; SimpleITK reads the voxels.
+
+It hands out arrays in (z, y, x) order with LPS geometry; both are turned into a Volume's here.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .geometry_t3d import Volume, VolumeError, VolumeReadError
+from .volume_arithmetic_t3d import rescale
+from .volume_headers_t3d import check_promise, damaged, pick_time, read_text_header
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def read_itk(source: str, time_index: int | None) -> Volume:
+    """One volume of an NRRD or MetaImage file, array order (z, y, x); an oblique or sheared grid stays as it is.
+
+    Args:
+        source: path as the user gave it.
+        time_index: which volume of a 4-D file.
+    """
+    try:
+        import SimpleITK
+    except ImportError:
+        raise VolumeReadError(
+            f'{source}: reading it needs SimpleITK; install it with pip install "modeling_t3d[formats]"'
+        ) from None
+    fields, held = read_text_header(source)
+    shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(source)
+        reader.ReadImageInformation()
+        shape, dimension = reader.GetSize(), reader.GetDimension()
+        kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+        if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+            raise VolumeReadError(f"{source}: holds {kind}, not one number per voxel; convert it first")
+        bits = next((bits for bits in (8, 16, 32, 64) if str(bits) in kind), 8)
+        check_promise(source, shape, bits // 8, held)
+        time = pick_time(source, shape, time_index)
+        if dimension > 3:
+            reader.SetExtractSize([*shape[:3], *[0] * (dimension - 3)])
+            reader.SetExtractIndex([0, 0, 0, time, *[0] * (dimension - 4)])
+        # The image that is cut out of a 4-D file has lost the file's directions: the reader still has them.
+        image = reader.Execute()
+        volume = _to_volume(SimpleITK, image, reader)
+    except VolumeError:
+        raise
+    except Exception as error:  # the reader raises RuntimeError with text of its own for everything
+        raise damaged(source, "NRRD or MetaImage", error) from None
+    finally:
+        SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
+    oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(fields)
+    notes = () if oriented else ("the header gives no orientation: the axes are taken as left, posterior, superior",)
+    return Volume(volume.array, volume.affine, source=source, warnings=notes)
+
+
+def from_simple_itk(image: Any) -> Volume:
+    """A `SimpleITK.Image` of three axes and one number per voxel as a Volume, array order (z, y, x)."""
+    import SimpleITK
+
+    kind = SimpleITK.GetPixelIDValueAsString(image.GetPixelID())
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or "complex" in kind:
+        raise VolumeError(f"SimpleITK image: {image.GetDimension()} axes of {kind}; pass 3 axes, one number per voxel")
+    return _to_volume(SimpleITK, image, image)
+
+
+def _to_volume(simple_itk: Any, image: Any, geometry: Any) -> Volume:
+    """The voxels of `image` (copied) with the geometry that `geometry`, an image or a reader, gives."""
+    spacing, origin, direction = geometry.GetSpacing(), geometry.GetOrigin(), geometry.GetDirection()
+    dimension = len(spacing)
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(direction, (dimension, dimension))[:3, :3] * spacing[:3]
+    affine[:3, 3] = origin[:3]
+    affine = LPS_TO_RAS @ affine
+    affine[:, :3] = affine[:, 2::-1]  # the array's order is (z, y, x) of the file
+    return Volume(rescale(simple_itk.GetArrayViewFromImage(image), 1.0, 0.0), affine)
+
+
+__all__ = ["LPS_TO_RAS", "from_simple_itk", "read_itk"]
