@@ -14,6 +14,7 @@ EXTRAS = {
     # Codecs: GDCM covers JPEG lossless, JPEG-LS, JPEG 2000 and RLE. SimpleITK reads NRRD and MetaImage.
     "dicom": ["pydicom>=3.0", "python-gdcm>=3.0.24"],
     "formats": ["SimpleITK>=2.4"],
+    "store": ["numcodecs>=0.13"],
     "train": ["tensorboard>=2.16", "pyyaml>=6.0", "tqdm>=4.66"],
     "eval": ["matplotlib>=3.8", "scikit-learn>=1.4"],
     "dev": [
@@ -51,6 +52,9 @@ setup(
         "pillow>=10.0",
         "monai>=1.5",
         "evaluate>=0.4.3",
+        # Stored volumes: addresses and checksums. Evaluate needs both, too.
+        "fsspec>=2023.10",
+        "xxhash>=3.0",
     ],
     extras_require=EXTRAS,
 )

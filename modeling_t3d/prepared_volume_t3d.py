@@ -14,12 +14,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .geometry_t3d import Box, VolumeGeometryError, spacing_from_affine
+from .geometry_t3d import Box, Grid, VolumeGeometryError, spacing_from_affine
 from .intensity_t3d import AIR
 from .volume_transforms_t3d import AxisSampling, BodyMask, crop, resample
 
@@ -36,6 +36,8 @@ class PreparedVolume:
         outside (`float`): value of what lies beyond the volume.
         source (`str`): the path as given, if there was one.
         warnings (`tuple[str, ...]`): what was noticed or changed on the way.
+        input_grid (`Grid`): shape and affine of the image as it came, in its own axis order; `reassemble` goes back
+            to it. `None` for volumes that an early version prepared.
     """
 
     array: np.ndarray
@@ -45,6 +47,7 @@ class PreparedVolume:
     outside: float = AIR
     source: str | None = None
     warnings: tuple[str, ...] = ()
+    input_grid: Grid | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -56,29 +59,58 @@ class PreparedVolume:
         """Bounding box of the body, in voxels."""
         return self.body.box
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes `<path>.npy`, then `<path>.json`, under a temporary name first: a reader never sees half a file."""
-        facts = {
+    def facts(self) -> dict[str, Any]:
+        """Everything but the voxels, as JSON holds it. The source may identify a person: a store leaves it out."""
+        grid = self.input_grid
+        return {
             "shape": self.array.shape,
             "dtype": str(self.array.dtype),
             "affine": self.affine.tolist(),
             "body": {
-                "cells": base64.b64encode(zlib.compress(np.packbits(self.body.cells).tobytes())).decode(),
+                "cells": _pack(self.body.cells),
+                "dense": None if self.body.dense is None else _pack(self.body.dense),
                 "num_cells": self.body.cells.shape,
                 "cell": self.body.cell,
                 "start": self.body.box.start,
                 "stop": self.body.box.stop,
             },
             "value_range": self.value_range,
-            "outside": self.outside,
+            "outside": float(self.outside),
             "source": self.source,
             "warnings": self.warnings,
+            "input_grid": None if grid is None else {"shape": grid.shape, "affine": grid.affine.tolist()},
         }
+
+    @classmethod
+    def from_facts(cls, array: np.ndarray, facts: dict[str, Any]) -> "PreparedVolume":
+        """A prepared volume from its voxels and what `facts` gave."""
+        # The dense cells and the input's grid are missing from what early versions wrote.
+        body, grid = facts["body"], facts.get("input_grid")
+        mask = BodyMask(
+            cells=_unpack(body["cells"], body["num_cells"]),
+            cell=tuple(body["cell"]),
+            box=Box(tuple(body["start"]), tuple(body["stop"])),
+            shape=tuple(facts["shape"]),
+            dense=None if body.get("dense") is None else _unpack(body["dense"], body["num_cells"]),
+        )
+        return cls(
+            array=array,
+            affine=np.asarray(facts["affine"], dtype=np.float64),
+            body=mask,
+            value_range=None if facts["value_range"] is None else tuple(facts["value_range"]),
+            outside=facts["outside"],
+            source=facts["source"],
+            warnings=tuple(facts["warnings"]),
+            input_grid=grid and Grid(tuple(grid["shape"]), np.asarray(grid["affine"], dtype=np.float64)),
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `<path>.npy`, then `<path>.json`, under a temporary name first: a reader never sees half a file."""
         temporary = f"{path}.{uuid.uuid4().hex}.temporary"
         with open(temporary, "wb") as file:
             np.save(file, self.array)
         os.replace(temporary, f"{path}.npy")
-        Path(temporary).write_text(json.dumps(facts))
+        Path(temporary).write_text(json.dumps(self.facts()))
         os.replace(temporary, f"{path}.json")
 
     @classmethod
@@ -88,19 +120,18 @@ class PreparedVolume:
         array = np.load(f"{path}.npy", mmap_mode="r" if mmap else None)
         if [*array.shape] != facts["shape"] or str(array.dtype) != facts["dtype"]:
             raise VolumeGeometryError(f"{path}.npy does not belong to {path}.json; delete both and prepare again")
-        body = facts["body"]
-        bits = np.frombuffer(zlib.decompress(base64.b64decode(body["cells"])), dtype=np.uint8)
-        cells = np.unpackbits(bits, count=int(np.prod(body["num_cells"]))).astype(bool).reshape(body["num_cells"])
-        box = Box(tuple(body["start"]), tuple(body["stop"]))
-        return cls(
-            array=array,
-            affine=np.asarray(facts["affine"], dtype=np.float64),
-            body=BodyMask(cells, tuple(body["cell"]), box, array.shape),
-            value_range=None if facts["value_range"] is None else tuple(facts["value_range"]),
-            outside=facts["outside"],
-            source=facts["source"],
-            warnings=tuple(facts["warnings"]),
-        )
+        return cls.from_facts(array, facts)
+
+
+def _pack(cells: np.ndarray) -> str:
+    """Booleans as compressed bits in text."""
+    return base64.b64encode(zlib.compress(np.packbits(cells).tobytes())).decode()
+
+
+def _unpack(text: str, shape: Sequence[int]) -> np.ndarray:
+    """The booleans of `_pack`."""
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+    return np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape)
 
 
 class LocalViews(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_t3d.data.cache import PreparedVolumeCache, content_hash
+from modeling_t3d.data.source_hashes import content_hash
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset, sample_sentences, stable_id
 from modeling_t3d.data.manifest import ManifestRow, split_sentences
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer

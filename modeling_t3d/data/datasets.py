@@ -16,10 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..geometry_t3d import VolumeError, aligned_positions
+from ..geometry_t3d import VolumeError
 from ..prepared_volume_t3d import PreparedVolume
-from .cache import PreparedVolumeCache
+from ..tile_plan_t3d import aligned_positions
 from .manifest import ManifestRow, split_sentences
+from .source_hashes import preparation_text
+from .store import VolumeStore
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,10 @@ class PretrainingDataset(Dataset):
     Args:
         rows (`list[ManifestRow]`): of one split; see [`~modeling_t3d.data.manifest.read_manifest`].
         image_processor (`T3DImageProcessor`): prepares volumes and later cuts views.
-        cache_dir (`str` or `Path`, *optional*): keeps prepared volumes; without it they are prepared at every access.
+        cache_dir (`str` or `Path`, *optional*):
+            Keeps prepared volumes in a [`VolumeStore`] of each preparation; without it they are prepared at every
+            access.
+        store ([`VolumeStore`], `str` or `Path`, *optional*): in place of `cache_dir`, one store or its address.
         seed (`int`, defaults to 0): of views and sentences.
         text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
             The whole report, or one to three of its sentences in their order, others in every epoch [choice]: prompts
@@ -92,6 +97,7 @@ class PretrainingDataset(Dataset):
         image_processor: Any,
         cache_dir: str | Path | None = None,
         *,
+        store: VolumeStore | str | Path | None = None,
         seed: int = 0,
         text_sampling: Literal["report", "sentences"] = "report",
         sentences_from_epoch: int = 0,
@@ -105,7 +111,7 @@ class PretrainingDataset(Dataset):
             )
         self.rows = list(rows)
         self.image_processor = image_processor
-        self.cache = PreparedVolumeCache(cache_dir, image_processor.preparation_key()) if cache_dir else None
+        self.store = _open_store(image_processor, cache_dir, store)
         self.seed = seed
         self.text_sampling = text_sampling
         self.sentences_from_epoch = sentences_from_epoch
@@ -125,7 +131,7 @@ class PretrainingDataset(Dataset):
         """The prepared volume of a row."""
         source = self.rows[index].volume
         try:
-            return self.cache.load(source, self._prepare) if self.cache else self._prepare(source)
+            return self.store.load(source, self._prepare) if self.store is not None else self._prepare(source)
         except FileNotFoundError:
             raise FileNotFoundError(f"{source}: the volume of row {self.rows[index].number} has vanished") from None
 
@@ -150,7 +156,7 @@ class PretrainingDataset(Dataset):
 
     def prepare_all(self, num_workers: int = 1, *, rank: int = 0, num_processes: int = 1) -> Counter[str]:
         """
-        Fill the cache before training; a volume that cannot be read raises here and not hours later.
+        Fill the store before training; a volume that cannot be read raises here and not hours later.
 
         Args:
             num_workers (`int`, defaults to 1): processes; 0 uses this one.
@@ -159,8 +165,8 @@ class PretrainingDataset(Dataset):
         Returns:
             How many volumes came with each warning (`Counter`); they are printed too.
         """
-        if self.cache is None:
-            raise ValueError("prepare_all fills a cache: give the data set a cache_dir")
+        if self.store is None:
+            raise ValueError("prepare_all fills a store: give the data set a cache_dir or a store")
         indices = range(rank, len(self), num_processes)
         loader = DataLoader(
             _Preparation(self, indices),
@@ -177,6 +183,23 @@ class PretrainingDataset(Dataset):
         for warning, count in warnings.most_common():
             logger.warning("%d volumes: %s", count, warning)
         return warnings
+
+
+def _open_store(
+    image_processor: Any, cache_dir: str | Path | None, store: VolumeStore | str | Path | None
+) -> VolumeStore | None:
+    """The store of prepared volumes; below a cache folder there is one for each preparation."""
+    if store is not None and cache_dir is not None:
+        raise ValueError("cache_dir and store are two places for the same volumes; give one of them")
+    if cache_dir is not None:
+        preparation = preparation_text(image_processor.preparation_key())
+        folder = hashlib.sha256(preparation.encode()).hexdigest()[:12]
+        return VolumeStore.create(Path(cache_dir) / folder, image_processor)
+    if store is None:
+        return None
+    store = store if isinstance(store, VolumeStore) else VolumeStore(store)
+    store.require(image_processor)
+    return store
 
 
 class _Preparation(Dataset):

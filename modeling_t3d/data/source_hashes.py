@@ -1,0 +1,58 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Names of prepared volumes: from what the source holds and how it was prepared, never from where it lies."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 20
+_KEY = re.compile("[0-9a-f]{40}")
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or of a folder's files with their names (a DICOM series)."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for file in _files(path):
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def source_stamp(path: Path) -> str:
+    """Hash of names, sizes and modification times: while they stay, the content hash is not computed again."""
+    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(path)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def path_hash(path: Path) -> str:
+    """Hash of an absolute path, which itself may name a person."""
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+
+
+def preparation_text(preparation: dict[str, Any]) -> str:
+    """The settings that a preparation depends on, in one canonical form."""
+    return json.dumps(preparation, sort_keys=True, default=list)
+
+
+def volume_key(content: str, preparation: dict[str, Any]) -> str:
+    """Forty hexadecimal digits from a content hash and the settings of the preparation."""
+    return hashlib.sha256(f"{content}\0{preparation_text(preparation)}".encode()).hexdigest()[:40]
+
+
+def is_key(text: str) -> bool:
+    """Whether a text has the form of a volume's key."""
+    return _KEY.fullmatch(text) is not None
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+
+
+__all__ = ["content_hash", "is_key", "path_hash", "preparation_text", "source_stamp", "volume_key"]

@@ -1,0 +1,115 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Reads boxes of one stored volume: by a memory map from a disk, by byte ranges from anywhere else."""
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from .store_format import HEADER_GUESS, StoreCorruptionError, header_length, read_header, tile_decoder
+
+_RANGE_GAP = 1 << 16  # bytes that are cheaper read than asked for around
+
+
+class VolumeReader:
+    """
+    One stored volume, open for reading.
+
+    Args:
+        file_system (`fsspec.AbstractFileSystem`), path (`str`): where the object is.
+        name (`str`): what errors call it.
+    """
+
+    def __init__(self, file_system: fsspec.AbstractFileSystem, path: str, name: str) -> None:
+        self.file_system = file_system
+        self.path = path
+        self.name = name
+        self.map: mmap.mmap | None = None
+        if isinstance(file_system, LocalFileSystem):
+            with open(path, "rb") as file:
+                try:
+                    self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except ValueError:  # an empty file
+                    raise self._corruption("the header") from None
+        start = self._read(HEADER_GUESS)
+        length = header_length(start)
+        if length is not None and length > len(start):
+            start = self._read(length)
+        header = None if length is None else read_header(start[:length])
+        if header is None:
+            raise self._corruption("the header")
+        self.header = header
+        # Tiles of the map that were compared with their checksums.
+        self._checked = np.zeros(len(header.index), dtype=bool)
+
+    def _read(self, stop: int) -> bytes:
+        return self.file_system.cat_file(self.path, start=0, end=stop) if self.map is None else self.map[:stop]
+
+    def _corruption(self, what: str) -> StoreCorruptionError:
+        return StoreCorruptionError(
+            f"{self.name}: {what} is not what was written; remove the volume from the store and prepare it again"
+        )
+
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """A box of the volume; see [`VolumeStore.crop`]."""
+        header = self.header
+        low = [min(max(0, first), count) for first, count in zip(start, header.shape, strict=True)]
+        stop = [first + length for first, length in zip(start, size, strict=True)]
+        high = [max(first, min(*ends)) for first, *ends in zip(low, stop, header.shape, strict=True)]
+        inside = tuple(slice(first - at, end - at) for first, end, at in zip(low, high, start, strict=True))
+        if [end - first for first, end in zip(low, high, strict=True)] == [*size]:
+            result = np.empty(tuple(size), dtype=header.dtype)
+        else:
+            result = np.full(tuple(size), header.facts["outside"], dtype=header.dtype)
+        self._fill(result[inside], low, high)
+        return result
+
+    def _fill(self, result: np.ndarray, low: Sequence[int], high: Sequence[int]) -> None:
+        """Copies the voxels of a box within the volume to `result`."""
+        header = self.header
+        parts = header.parts(low, high)
+        stored = self._tiles([part.tile for part in parts])
+        decode = tile_decoder(header.codec)
+        for part in parts:
+            content = stored[part.tile]
+            if content is None:
+                result[part.target] = header.index["value"][part.tile]
+            else:
+                result[part.target] = np.frombuffer(decode(content), header.dtype).reshape(part.shape)[part.source]
+
+    def verify(self) -> None:
+        """Compare every byte with what was written."""
+        self._tiles(range(len(self.header.index)))
+
+    def _tiles(self, tiles: Sequence[int]) -> dict[int, Any]:
+        """Stored bytes of tiles, compared with their checksums; `None` for one of a single value."""
+        index = self.header.index
+        filled = [tile for tile in tiles if index["length"][tile]]
+        stored: dict[int, Any] = dict.fromkeys(tiles)
+        for first, block, members in self._blocks(filled):
+            for tile in members:
+                offset = int(index["offset"][tile]) - first
+                stored[tile] = block[offset : offset + int(index["length"][tile])]
+        for tile in filled:
+            if not self._checked[tile]:
+                if not self.header.is_whole(tile, stored[tile]):
+                    raise self._corruption(f"tile {tile}")
+                # What comes over a network is new each time.
+                self._checked[tile] = self.map is not None
+        return stored
+
+    def _blocks(self, tiles: Sequence[int]) -> list[tuple[int, memoryview, Sequence[int]]]:
+        """Runs of bytes that hold the given tiles: first byte, bytes, tiles."""
+        if self.map is not None:
+            return [(0, memoryview(self.map), tiles)]
+        ranges = self.header.ranges(tiles, _RANGE_GAP)
+        starts, stops = [first for first, _, _ in ranges], [end for _, end, _ in ranges]
+        blocks = self.file_system.cat_ranges([self.path] * len(ranges), starts, stops, on_error="raise")
+        return [(first, memoryview(block), members) for (first, _, members), block in zip(ranges, blocks, strict=True)]
+
+
+__all__ = ["VolumeReader"]
