@@ -24,14 +24,8 @@ from .geometry_t3d import (
     Volume,
     VolumeGeometryError,
     VolumeIntensityError,
-    aligned_plan,
-    aligned_positions,
     axis_directions,
     crop_affine,
-    grid_plan,
-    independent_plan,
-    normalised_positions,
-    overlapping_plan,
     spacing_from_affine,
 )
 from .image_settings_t3d import (
@@ -49,10 +43,19 @@ from .intensity_t3d import (
     check_declared_range,
     check_finite,
     check_hounsfield,
+    check_modality,
     padding_values,
     value_range,
 )
 from .prepared_volume_t3d import LocalViews, PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
+from .tile_plan_t3d import (
+    aligned_plan,
+    aligned_positions,
+    grid_plan,
+    independent_plan,
+    normalised_positions,
+    overlapping_plan,
+)
 from .volume_io_t3d import to_volume
 from .volume_transforms_t3d import (
     AxisSampling,
@@ -191,6 +194,8 @@ class T3DImageProcessor(BaseImageProcessor):
         volume = _canonical_volume(image, affine, volume_spacing, volume_axes, name)
         name = volume.source or name
         array = volume.array
+        if self.intensity == "hu" and self.check_intensity:
+            check_modality(volume.modality, name)
         check_finite(array, name)
         if self.intensity == "hu":
             padding = check_hounsfield(array, name) if self.check_intensity else padding_values(array)
@@ -213,7 +218,7 @@ class T3DImageProcessor(BaseImageProcessor):
             if self.intensity == "zscore":
                 threshold = 0.9 * float(array.min()) + 0.1 * limits[1]
             body = find_body(array, spacing_from_affine(affine), threshold) or whole_volume_mask(array.shape)
-        return PreparedVolume(array, affine, body, limits, outside, volume.source, volume.warnings)
+        return PreparedVolume(array, affine, body, limits, outside, volume.source, volume.warnings, volume.input_grid)
 
     def _to_model_grid(self, array: np.ndarray, volume: Volume, outside: float) -> tuple[np.ndarray, np.ndarray]:
         """Voxels (float32, or the input's int16 where no resampling is needed) and affine on the model grid."""
@@ -424,7 +429,8 @@ def _canonical_volume(
     name: str,
 ) -> Volume:
     """Reads or wraps one image and orders its axes; an error about an array says which one of the call it was."""
-    if isinstance(image, np.ndarray | torch.Tensor) and affine is None and (spacing is None or axes is None):
+    is_bare = isinstance(image, np.ndarray | torch.Tensor) and getattr(image, "affine", None) is None
+    if is_bare and affine is None and (spacing is None or axes is None):
         raise VolumeGeometryError(
             f"{name}: an array needs its geometry; pass affine= (4x4, array indices to RAS+ world mm), or "
             'volume_spacing= and volume_axes=, e.g. volume_spacing=(2.0, 0.7, 0.7), volume_axes="SAR" for (z, y, x)'

@@ -99,7 +99,13 @@ def remove_shear(volume: Volume) -> Volume:
     affine[:3, order] = rotation * sizes
     affine[:3, 3] = origin
     note = f"axes {math.degrees(math.asin(min(1.0, max(cosines.values())))):.1f} degrees off a right angle: resampled"
-    return replace(volume, array=np.ascontiguousarray(array), affine=affine, warnings=(*volume.warnings, note))
+    return replace(
+        volume,
+        array=np.ascontiguousarray(array),
+        affine=affine,
+        warnings=(*volume.warnings, note),
+        stored_grid=volume.input_grid,
+    )
 
 
 __all__ = ["remove_shear", "rescale"]

@@ -220,12 +220,15 @@ class BodyMask:
         cell (three ints, z y x): voxels per cell.
         box (`Box`): bounding box, in voxels.
         shape (three ints, z y x): of the volume, in voxels.
+        dense (`np.ndarray`, bool, like `cells`, *optional*): cells denser than air, table and arms included; the
+            body's where not given. What is in neither is air.
     """
 
     cells: np.ndarray
     cell: tuple[int, int, int]
     box: Box
     shape: tuple[int, int, int]
+    dense: np.ndarray | None = None
 
     def __getitem__(self, voxel: tuple[int, int, int]) -> bool:
         return bool(self.cells[tuple(index // size for index, size in zip(voxel, self.cell, strict=True))])
@@ -327,7 +330,7 @@ def find_body(array: np.ndarray, spacing: Sequence[float], threshold: float) -> 
         margin = math.ceil(cell[axis] / 2)
         start.append(max(0, int(used[0]) * cell[axis] - margin))
         stop.append(min(array.shape[axis], (int(used[-1]) + 1) * cell[axis] + margin))
-    return BodyMask(body, cell, Box(tuple(start), tuple(stop)), tuple(array.shape))
+    return BodyMask(body, cell, Box(tuple(start), tuple(stop)), tuple(array.shape), tissue)
 
 
 __all__ = [

@@ -17,8 +17,9 @@ from testing_utils import shared_data
 from transformers import AutoImageProcessor
 
 import modeling_t3d.image_processing_t3d as image_processing
-from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError, VolumeIntensityError, aligned_positions
+from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError, VolumeIntensityError
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
+from modeling_t3d.tile_plan_t3d import aligned_positions
 
 AFFINE = upright_affine((4.0, 4.0, 4.0), (10.0, -20.0, 300.0))
 
