@@ -99,45 +99,73 @@ def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def describe(processor: Any) -> str:
-    """The whole volume contract of a `T3DImageProcessor` in plain words."""
-    spacing = "the scan's own"
-    if processor.spacing is not None:
-        spacing = " x ".join(f"{step:g}" for step in processor.spacing) + " mm"
-    oblique = "resampled to the world axes" if processor.deoblique else "keep their rotation (nearest axes)"
-    fit = {
-        "body": "the body's bounding box, scaled by one factor and padded with air",
-        "crop": f"a {processor.global_crop_extent:g} mm cube around the body's centre",
-        "resize": "the whole volume, stretched",
-    }[processor.global_fit]
+def _describe_values(processor: Any) -> list[str]:
+    """What the voxel values are, how they are scaled, and what volumes are refused."""
+    windows = ", ".join(f"{low:g}..{high:g} HU" for low, high in processor.windows)
     values = {
-        "hu": "Hounsfield units; padding becomes -1024; "
-        + ("volumes that cannot be HU are refused; " if processor.check_intensity else "not checked; ")
-        + "channels: "
-        + ", ".join(f"{low:g}..{high:g} HU" for low, high in processor.windows)
-        + " scaled to [-1, 1] and clipped",
+        "hu": f"Hounsfield units after the header's rescale; one channel per window: {windows}, scaled to [-1, 1] and "
+        "clipped",
         "unit": "0..1, scaled to [-1, 1]",
         "uint8": "0..255, scaled to [-1, 1]",
-        "zscore": "mean 0 and deviation 1 over the foreground of each volume, not clipped",
-        "percentile": "0.5th to 99.5th percentile of each volume, scaled to [-1, 1] and clipped",
+        "zscore": "any unit (MR): mean 0 and deviation 1 over the foreground of each volume, not clipped",
+        "percentile": "any unit (MR): 0.5th to 99.5th percentile of each volume, scaled to [-1, 1] and clipped",
     }[processor.intensity]
-    sizes = [" x ".join(str(extent) for extent in size) for size in (processor.global_size, processor.local_size)]
-    lines = [
-        "axes          (z, y, x), growing towards superior, anterior, right; orientation from the affine",
-        f"obliques      {oblique}",
-        f"intensity     {values}",
-        f"model grid    {spacing}, trilinear, averaged over the new voxel when downsampling",
-        f"global view   {sizes[0]} voxels: {fit}",
-        f"local views   {sizes[1]} voxels on the uncropped model grid; {processor.num_local_views} per volume in "
-        f'training, {processor.view_sampling} sampling; views="grid" covers all (overlap {processor.grid_overlap:g})',
-        "outside       air (-1024 HU), or the declared range's lower end",
-    ]
+    lines = [f"intensity     {values}"]
+    if processor.intensity == "hu":
+        lines.append("padding       a constant minimum below -1100 HU becomes -1024 HU")
+        lines.append(
+            "HU check      refused: a header that says other than CT, a range of 255 or less, no negative value, most "
+            "soft tissue outside -150..150 HU, most air outside -1100..-900 HU, no body"
+            if processor.check_intensity
+            else "HU check      off: values are taken as HU unseen"
+        )
+        lines.append("outside       what lies beyond the scan is air, -1024 HU")
+    else:
+        outside = {"unit": "0", "uint8": "0", "zscore": "the volume's minimum", "percentile": "the 0.5th percentile"}
+        declared = {"unit": ", values outside 0..1", "uint8": ", values outside 0..255"}.get(processor.intensity, "")
+        lines.append(f"value check   refused: a constant volume{declared}")
+        lines.append(f"outside       what lies beyond the scan is {outside[processor.intensity]}")
     if not processor.do_rescale:
         lines.append("rescale       off: values stay as they are")
     elif processor.rescale_factor != 1.0:
         lines.append(f"rescale       scaled values are multiplied by {processor.rescale_factor:g}")
     if processor.do_normalize:
         lines.append(f"normalise     minus {processor.image_mean}, divided by {processor.image_std}")
+    return lines
+
+
+def describe(processor: Any) -> str:
+    """The whole volume contract of a `T3DImageProcessor` in plain words, one line per subject."""
+    spacing = "the scan's own"
+    if processor.spacing is not None:
+        spacing = " x ".join(f"{step:g}" for step in processor.spacing) + " mm"
+    oblique = "resampled to the world axes" if processor.deoblique else "keep their rotation (nearest axes)"
+    fit = {
+        "body": "the body's bounding box, scaled by one factor and padded with what lies outside",
+        "crop": f"a {processor.global_crop_extent:g} mm cube around the body's centre",
+        "resize": "the whole volume, stretched",
+    }[processor.global_fit]
+    sampling = {
+        "independent": "each placed at random in the body",
+        "overlapping": f"placed in pairs that share at least {processor.view_overlap:g} of their volume",
+        "aligned": f"at the same places of the body in every volume, moved by at most {processor.view_jitter:g} of it",
+    }[processor.view_sampling]
+    sizes = [" x ".join(str(extent) for extent in size) for size in (processor.global_size, processor.local_size)]
+    lines = [
+        "reads         NIfTI, NRRD, MetaImage, DICOM files and folders; arrays, tensors and images of other libraries "
+        "with their affine",
+        "axes          (z, y, x), growing towards superior, anterior, right; orientation from the affine alone",
+        f"obliques      {oblique}; exactly 45 degrees is refused",
+        "tilt, shear   resampled to right angles; uneven slices to even ones, or refused with their positions",
+        *_describe_values(processor),
+        f"model grid    {spacing} (z y x), trilinear, averaged over the new voxel when downsampling",
+        f"global view   {sizes[0]} voxels: {fit}",
+        f"local views   {sizes[1]} voxels on the uncropped model grid; {processor.num_local_views} per volume in "
+        f"training, {sampling}",
+        f'tiles         views="grid" covers all, neighbours share at least {processor.grid_overlap:g} of their length',
+        f"tensors       float32, {processor.num_channels} channel(s); positions are centre in [-1, 1] and extent as a "
+        "fraction, both of the body's box",
+    ]
     return "\n".join(lines)
 
 

@@ -42,6 +42,15 @@ def padding_values(array: np.ndarray) -> list[float]:
     return found
 
 
+def check_modality(modality: str | None, name: str) -> None:
+    """Raises when the header says that a volume declared `"hu"` comes from another machine than a CT scanner."""
+    if modality not in (None, "CT"):
+        raise VolumeIntensityError(
+            f"{name}: its header says {modality}, where intensity='hu' expects CT; declare what the values are with "
+            "intensity='percentile' or 'zscore' (check_intensity=False if they are HU after all)"
+        )
+
+
 def check_finite(array: np.ndarray, name: str) -> None:
     """Raises when a volume is empty, or holds NaN or infinite values."""
     if array.size == 0:
@@ -188,6 +197,7 @@ __all__ = [
     "check_declared_range",
     "check_finite",
     "check_hounsfield",
+    "check_modality",
     "padding_values",
     "value_range",
 ]

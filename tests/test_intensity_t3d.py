@@ -13,6 +13,7 @@ from modeling_t3d.intensity_t3d import (
     check_declared_range,
     check_finite,
     check_hounsfield,
+    check_modality,
     padding_values,
     value_range,
 )
@@ -101,6 +102,13 @@ def test_both_infinities_are_refused():
     array[0, 0, 0], array[0, 0, 1] = np.inf, -np.inf
     with pytest.raises(VolumeIntensityError, match="2 of"):
         check_finite(array, "scan")
+
+
+def test_other_machines_than_ct_are_refused_by_their_header():
+    check_modality(None, "scan")
+    check_modality("CT", "scan")
+    with pytest.raises(VolumeIntensityError, match=r"scan: its header says MR, where intensity='hu' expects CT"):
+        check_modality("MR", "scan")
 
 
 def test_declared_ranges():
