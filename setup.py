@@ -15,6 +15,8 @@ EXTRAS = {
     "dicom": ["pydicom>=3.0", "python-gdcm>=3.0.24"],
     "formats": ["SimpleITK>=2.4"],
     "store": ["numcodecs>=0.13"],
+    "parquet": ["pyarrow>=16.0"],
+    "cluster": ["dask[distributed]>=2024.8", "tqdm>=4.66"],
     "train": ["tensorboard>=2.16", "pyyaml>=6.0", "tqdm>=4.66"],
     "eval": ["matplotlib>=3.8", "scikit-learn>=1.4"],
     "dev": [
@@ -36,7 +38,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["modeling_t3d", "modeling_t3d.*"]),
-    package_data={"modeling_t3d": ["**/*.md", "**/*.json"]},
+    package_data={"modeling_t3d": ["**/*.md", "**/*.json", "**/*.html"]},
     python_requires=">=3.10",
     install_requires=[
         # 2.9's cuDNN breaks 3D convolutions.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from modeling_t3d.data.manifest import ManifestError, read_manifest, split_sentences
+from modeling_t3d.data.manifest_files import read_records, write_records
 
 REPORT = "The heart is of normal size."
 
@@ -22,6 +23,10 @@ def write(folder: Path, rows: list[dict], name: str = "manifest.csv", files: boo
                 (folder / row["volume"]).touch()
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -30,10 +35,10 @@ def write(folder: Path, rows: list[dict], name: str = "manifest.csv", files: boo
     return path
 
 
-@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl"])
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl", "manifest.parquet"])
 def test_reads_every_column(tmp_path, name):
     (tmp_path / "m.nii.gz").touch()
-    as_json = name.endswith("jsonl")
+    as_json = not name.endswith("csv")
     labels, masks = {"nodule": 1, "cyst": 0, "stone": None}, {"nodule": "m.nii.gz"}
     rows = [
         {
@@ -47,6 +52,8 @@ def test_reads_every_column(tmp_path, name):
             "labels": labels if as_json else json.dumps(labels),
             "masks": masks if as_json else json.dumps(masks),
             "label:effusion": "1",
+            "rescale": [1.0, -1024.0] if as_json else "[1, -1024]",
+            "key": "0" * 40,
         },
         {"volume": "b.nii.gz", "findings": REPORT, "impression": "", "patient_id": "p2", "study_id": "s1"},
     ]
@@ -56,11 +63,43 @@ def test_reads_every_column(tmp_path, name):
     assert first.labels == {"nodule": 1, "cyst": 0, "stone": None, "effusion": 1}
     assert first.masks == {"nodule": tmp_path / "m.nii.gz"}
     assert (first.volume, first.split, first.reconstruction) == (tmp_path / "a.nii.gz", "validation", "lung")
+    assert (first.rescale, first.key) == ((1.0, -1024.0), "0" * 40)
+    assert (second.rescale, second.key, second.masks) == (None, None, {})
     assert second.split == "train"
     assert second.report == REPORT
     assert first.study_id != second.study_id, "the same study number of two patients names two studies"
     assert manifest.split_sizes() == {"validation": 1, "train": 1}
     assert "nodule" in manifest.label_names()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_what_is_written_is_read(tmp_path, name):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    elsewhere = tmp_path / "elsewhere" / "b.nii.gz"
+    elsewhere.parent.mkdir()
+    for file in (tmp_path / "out" / "a.nii.gz", tmp_path / "out" / "m.nii.gz", elsewhere):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    text = 'A nodule, 8 mm, in the "left" lung.\nNothing else; größer.'
+    records = [
+        {"volume": tmp_path / "out" / "a.nii.gz", "findings": text, "labels": {"nodule": 1, "cyst": None}},
+        {"volume": elsewhere, "report": REPORT, "masks": {"lung": tmp_path / "out" / "m.nii.gz"}, "rescale": (2, -9)},
+    ]
+    path = write_records(records, tmp_path / "out" / name)
+    first, second = read_manifest(path).rows
+    assert (first.report, first.labels) == (text, {"nodule": 1, "cyst": None})
+    assert read_records(path)[0][0][1]["volume"] == "a.nii.gz", "below the manifest: relative"
+    assert second.volume == elsewhere
+    assert (second.masks, second.rescale) == ({"lung": tmp_path / "out" / "m.nii.gz"}, (2.0, -9.0))
+    assert [file.name for file in path.parent.iterdir() if "temporary" in file.name] == []
+
+
+def test_wrong_files_are_not_written(tmp_path):
+    with pytest.raises(ManifestError, match=r"a manifest is a \.csv, \.jsonl or \.parquet file; name it so"):
+        write_records([GOOD], tmp_path / "a.xlsx")
+    with pytest.raises(ManifestError, match="no rows to write"):
+        write_records([], tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(("sections", "text"), [("both", "A b c d e. F g h i j."), ("impression", "F g h i j.")])
@@ -117,6 +156,8 @@ WRONG = {
     ),
     "label value": ([{**GOOD, "label:cyst": "maybe"}], r"row 1: label 'cyst' is 'maybe'; write 1, 0 or nothing"),
     "labels not JSON": ([{**GOOD, "labels": "nodule"}], r"row 1: labels is not a JSON object"),
+    "rescale": ([{**GOOD, "rescale": "[0, 1]"}], r"row 1: rescale is not two numbers; write \[slope, intercept\]"),
+    "rescale text": ([{**GOOD, "rescale": "1"}], r"row 1: rescale is not two numbers"),
     "missing mask": ([{**GOOD, "masks": "gone.nii"}], r"row 1: the mask 'mask' is missing"),
 }
 
@@ -146,11 +187,12 @@ def test_a_single_section_must_exist(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", "volume,report\na.nii,one, two\n", r"row 1 has other than 2 cells; quote texts"),
+        ("a.parquet", "volume,report\n", r"is not readable Parquet"),
         ("a.csv", "volume,volume\na,b\n", r"column 'volume' stands twice"),
         ("a.csv", "volume,report\n", r"no rows"),
         ("a.jsonl", '{"volume": "a"}\n{oops}\n', r"row 2 is not JSON"),
         ("a.jsonl", "[1]\n", r"row 1 is not a JSON object"),
-        ("a.txt", "", r"a manifest is a \.csv or a \.jsonl file"),
+        ("a.txt", "", r"a manifest is a \.csv, \.jsonl or \.parquet file"),
     ],
 )
 def test_wrong_syntax_is_refused(tmp_path, name, content, message):

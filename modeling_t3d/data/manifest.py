@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Reads `manifest.csv` / `manifest.jsonl`, the list of volumes and reports that a model is trained on, and refuses a
-manifest that would train or score a wrong model. Opening the volumes is left to the data sets.
+"""Reads a manifest (CSV, JSONL or Parquet), the list of volumes and reports that a model is trained on, and refuses
+one that would train or score a wrong model. Opening the volumes is left to the data sets.
 
 | column | meaning |
 | --- | --- |
@@ -12,12 +12,14 @@ manifest that would train or score a wrong model. Opening the volumes is left to
 | `split` | `train` where absent |
 | `labels`, or `label:<name>` columns | finding -> 1 (present), 0 (absent), empty (unknown); `labels` is JSON |
 | `masks` | path of a mask, or a JSON object name -> path |
+| `rescale` | JSON `[slope, intercept]` for a file whose own header lacks its rescale; used after the header's |
+| `key` | name of the prepared volume in a store; `examples/prepare_dataset.py` fills it |
 
 Rows are numbered from 1, the header of a CSV not counted."""
 
-import csv
 import difflib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,26 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .manifest_files import COLUMNS, LABEL_PREFIX, ManifestError, read_records
+
 Sections = Literal["both", "findings", "impression"]
 
-COLUMNS = (
-    "volume",
-    "report",
-    "findings",
-    "impression",
-    "patient_id",
-    "study_id",
-    "reconstruction",
-    "split",
-    "labels",
-    "masks",
-)
-LABEL_PREFIX = "label:"
 _LABEL_VALUES = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "none": None, "nan": None}
-
-
-class ManifestError(ValueError):
-    """A manifest that cannot be used as it is; the message names the row and what to change."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +48,8 @@ class ManifestRow:
         split (`str`): as in the manifest, `"train"` where it names none.
         labels (`dict[str, int | None]`): finding -> 1, 0 or unknown.
         masks (`dict[str, Path]`): name -> mask file; a single path is called `"mask"`.
+        rescale (two floats, *optional*): slope and intercept that the volume's header lacks.
+        key (`str`, *optional*): name of the prepared volume in a store.
     """
 
     number: int
@@ -72,6 +61,8 @@ class ManifestRow:
     split: str = "train"
     labels: dict[str, int | None] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
+    rescale: tuple[float, float] | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,7 @@ def read_manifest(
     Read and check a manifest; everything wrong with it is raised here, before anything is trained.
 
     Args:
-        path (`str` or `Path`): a `.csv` or `.jsonl` file.
+        path (`str` or `Path`): a `.csv`, `.jsonl` or `.parquet` file.
         sections (`"both"`, `"findings"` or `"impression"`):
             Which sections make the text: findings then impression by default; a `report` column is the text where
             neither section is given, and cannot serve a single section.
@@ -162,9 +153,9 @@ def read_manifest(
     path = Path(path)
     if sections not in ("both", "findings", "impression"):
         raise ManifestError(f"sections must be 'both', 'findings' or 'impression', got {sections!r}")
-    records, columns = _read_records(path)
+    records, columns = read_records(path)
     notes = _check_columns(path, columns)
-    rows = [_parse_row(path, number, record, sections) for number, record in records]
+    rows = [parse_row(path, number, record, sections) for number, record in records]
     if not rows:
         raise ManifestError(f"{path}: no rows; write one row per volume below the header")
     if check_files:
@@ -180,42 +171,6 @@ def read_manifest(
     if not kept:
         raise ManifestError(f"{path}: every report has fewer than {min_report_words} words; lower min_report_words")
     return Manifest(path, kept, short, min_report_words, sections, notes)
-
-
-def _read_records(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """Numbered raw rows and all column names."""
-    if not path.is_file():
-        raise ManifestError(f"{path}: no such manifest; give the path of a .csv or .jsonl file")
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            try:
-                records = list(enumerate(reader, start=1))
-            except csv.Error as error:
-                raise ManifestError(f"{path}: line {reader.line_num}: {error}; quote texts that hold quotes") from None
-        for number, record in records:
-            if None in record or None in record.values():
-                raise ManifestError(
-                    f"{path}: row {number} has other than {len(columns)} cells; quote texts that hold commas"
-                )
-        return records, columns
-    if path.suffix == ".jsonl":
-        records = []
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate((line for line in file if line.strip()), start=1):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ManifestError(
-                        f"{path}: row {number} is not JSON ({error.msg}); one object per line"
-                    ) from None
-                if not isinstance(record, dict):
-                    raise ManifestError(f"{path}: row {number} is not a JSON object; write {{'volume': ..., ...}}")
-                records.append((number, record))
-        return records, list(dict.fromkeys(name for _, record in records for name in record))
-    raise ManifestError(f"{path}: a manifest is a .csv or a .jsonl file")
 
 
 def _check_columns(path: Path, columns: list[str]) -> list[str]:
@@ -235,8 +190,8 @@ def _check_columns(path: Path, columns: list[str]) -> list[str]:
     return [f"columns that are not read: {', '.join(unread)}"] if unread else []
 
 
-def _parse_row(path: Path, number: int, record: dict[str, Any], sections: Sections) -> ManifestRow:
-    """One typed row; paths become absolute or relative to the working directory."""
+def parse_row(path: Path, number: int, record: dict[str, Any], sections: Sections = "both") -> ManifestRow:
+    """One typed row of a manifest at `path`; paths become absolute or relative to the working directory."""
     where = f"{path}: row {number}"
     volume = _text(record.get("volume"))
     if not volume:
@@ -254,6 +209,8 @@ def _parse_row(path: Path, number: int, record: dict[str, Any], sections: Sectio
         split=_text(record.get("split")) or "train",
         labels=_labels(where, record),
         masks={name: path.parent / _text(mask) for name, mask in masks.items()},
+        rescale=_rescale(where, record.get("rescale")),
+        key=_text(record.get("key")) or None,
     )
 
 
@@ -298,6 +255,19 @@ def _labels(where: str, record: dict[str, Any]) -> dict[str, int | None]:
             raise ManifestError(f"{where}: label {name!r} is {value!r}; write 1, 0 or nothing (unknown)")
         parsed[name] = _LABEL_VALUES[key]
     return parsed
+
+
+def _rescale(where: str, value: Any) -> tuple[float, float] | None:
+    """Slope and intercept of a cell."""
+    if value is None or not str(value).strip():
+        return None
+    try:
+        slope, intercept = (float(part) for part in (json.loads(value) if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        slope = intercept = math.nan
+    if not (math.isfinite(slope) and math.isfinite(intercept) and slope):
+        raise ManifestError(f"{where}: rescale is not two numbers; write [slope, intercept], for example [1, -1024]")
+    return slope, intercept
 
 
 def _some(numbers: list[int], limit: int = 10) -> str:
@@ -360,4 +330,4 @@ def split_sentences(text: str) -> list[str]:
     return [part.strip() for part in parts if part and part.strip()]
 
 
-__all__ = ["COLUMNS", "Manifest", "ManifestError", "ManifestRow", "read_manifest", "split_sentences"]
+__all__ = ["COLUMNS", "Manifest", "ManifestError", "ManifestRow", "parse_row", "read_manifest", "split_sentences"]
