@@ -26,6 +26,10 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.13",
+        # The readers' tests: images of another library, and DICOM objects and encodings that others write.
+        "torchio>=1.0",
+        "highdicom>=0.25",
+        "pylibjpeg-openjpeg>=2.0",
     ],
 }
 EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "dev" for requirement in extra})

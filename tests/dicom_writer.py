@@ -94,3 +94,62 @@ def multi_frame_elements(count: int, positions, slopes) -> dict:
         "PerFrameFunctionalGroupsSequence": Sequence(frames),
         **dict.fromkeys(removed),
     }
+
+
+SYNTAXES = {
+    "implicit": "1.2.840.10008.1.2",
+    "explicit": "1.2.840.10008.1.2.1",
+    "deflated": "1.2.840.10008.1.2.1.99",
+    "big_endian": "1.2.840.10008.1.2.2",
+    "jpeg_lossless": "1.2.840.10008.1.2.4.57",
+    "jpeg_lossless_first_order": "1.2.840.10008.1.2.4.70",
+    "jpeg_ls": "1.2.840.10008.1.2.4.80",
+    "jpeg_2000": "1.2.840.10008.1.2.4.90",
+    "rle": "1.2.840.10008.1.2.5",
+}
+
+
+def write_encoded(source: Path, target: Path, syntax: str) -> None:
+    """Write an uncompressed file in another transfer syntax of `SYNTAXES`; ImportError without its encoder."""
+    import pydicom
+
+    uid = pydicom.uid.UID(SYNTAXES[syntax])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    dataset = pydicom.dcmread(source)
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID  # some encoders ask for it
+    if syntax.startswith("jpeg_lossless"):
+        _gdcm_jpeg_lossless(source, target, syntax.endswith("order"))
+        dataset.PixelData = pydicom.dcmread(target).PixelData
+        dataset["PixelData"].is_undefined_length = True
+    elif uid.is_encapsulated:
+        try:
+            dataset.compress(uid, generate_instance_uid=False)
+        except RuntimeError as error:  # what pydicom raises where a plugin is missing
+            raise ImportError(f"no encoder for {syntax}: {error}") from None
+    elif syntax == "big_endian":
+        meta = dataset.file_meta
+        dataset = pydicom.Dataset(dict(dataset.items()))  # a data set from a file is bound to that file's byte order
+        dataset.file_meta = meta
+        dataset.PixelData = np.frombuffer(dataset.PixelData, dtype="<u2").astype(">u2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = uid
+    little = syntax != "big_endian"
+    implicit = syntax == "implicit"
+    dataset.save_as(target, implicit_vr=implicit, little_endian=little, enforce_file_format=True)
+
+
+def _gdcm_jpeg_lossless(source: Path, target: Path, first_order: bool) -> None:
+    """Encode with GDCM; of what it writes, only the pixel data can be used: it makes up functional groups."""
+    import gdcm
+
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(source))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14 + int(first_order)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(target))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
