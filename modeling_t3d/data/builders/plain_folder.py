@@ -1,0 +1,117 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""One's own data: volumes with their reports beside them, no table needed.
+
+Layout, all of it in one folder or in one folder per patient, and in that one per study:
+
+    scan.nii.gz, scan.txt                 .nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder of DICOM files
+    scan_mask.nii.gz                      a mask of it (optional)
+    patient1/study1/lung.nii.gz, patient1/study1/soft.nii.gz, patient1/study1/report.txt
+
+A volume's report has its name; volumes that have none share the `report.txt` of their folder. Headings FINDINGS and
+IMPRESSION split a report into sections. The first folder below the given one names the patient, the folder of a volume
+the study; volumes right in the given folder are patients of their own.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .release import LayoutError, Release
+
+_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+_SECTION = re.compile(r"(?:^|\n)[ \t]*(findings?|impressions?)[ \t]*(?::|\n)", re.IGNORECASE)
+
+
+def build_folder(folder: Path) -> Release:
+    """
+    Rows of a folder of volumes and reports; a volume without report is kept, without text, and counted.
+
+    Args:
+        folder (`Path`): the uppermost one.
+    """
+    volumes, masks = _find(folder)
+    if not volumes:
+        raise LayoutError(
+            f"{folder}: no volumes; put {', '.join(_SUFFIXES)} files or folders of DICOM files there, each with its "
+            "report as a .txt file of the same name beside it"
+        )
+    release = Release()
+    mute = 0
+    used = set()
+    for volume in volumes:
+        stem = volume.parent / _stem(volume)
+        text_file = next((file for file in _report_files(volume, stem) if file.is_file()), None)
+        inside = volume.parent.relative_to(folder).parts
+        record: dict[str, Any] = {"volume": volume}
+        if inside:
+            record |= {"patient_id": inside[0], "study_id": "/".join(inside), "reconstruction": _stem(volume)}
+        if text_file is None:
+            mute += 1
+        else:
+            used.add(text_file)
+            record |= _sections(text_file)
+        if stem in masks:
+            record["masks"] = {"mask": masks.pop(stem)}
+        release.records.append(record)
+    release.note(mute, "volumes have no report; a .txt file of the same name would give one")
+    orphans = [file for file in folder.rglob("*.txt") if file not in used and not _within(file, volumes)]
+    release.note(len(orphans), "text files belong to no volume and were left out")
+    release.note(len(masks), "masks belong to no volume and were left out")
+    return release
+
+
+def _find(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
+    """Volumes, sorted, and masks by the path of their volume without its suffix."""
+    volumes: list[Path] = []
+    masks: dict[Path, Path] = {}
+    series: set[Path] = set()
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(folder).parts):
+            continue
+        if file.name.lower().endswith(_SUFFIXES):
+            if _stem(file).endswith("_mask"):
+                masks[file.parent / _stem(file).removesuffix("_mask")] = file
+            else:
+                volumes.append(file)
+        elif file.parent != folder and file.parent not in series and _is_dicom(file):
+            series.add(file.parent)
+    return sorted([*volumes, *series]), masks
+
+
+def _is_dicom(file: Path) -> bool:
+    if file.suffix.lower() in (".dcm", ".dicom", ".ima"):
+        return True
+    if file.suffix or file.name.upper() == "DICOMDIR":
+        return False
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def _stem(volume: Path) -> str:
+    name = volume.name
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def _report_files(volume: Path, stem: Path) -> list[Path]:
+    beside = [stem.with_name(f"{stem.name}.txt"), volume.parent / "report.txt"]
+    return [volume / "report.txt", *beside] if volume.is_dir() else beside
+
+
+def _within(file: Path, volumes: list[Path]) -> bool:
+    """Whether a text file lies in a DICOM folder, with which scanners put notes."""
+    return any(volume in file.parents for volume in volumes if volume.is_dir())
+
+
+def _sections(file: Path) -> dict[str, str]:
+    text = file.read_text(encoding="utf-8-sig", errors="replace").strip()
+    parts = _SECTION.split(f"\n{text}")
+    sections = {name.lower().rstrip("s"): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    found = {"findings": sections.get("finding", ""), "impression": sections.get("impression", "")}
+    return {name: body for name, body in found.items() if body} or {"report": text}
+
+
+__all__ = ["build_folder"]

@@ -1,0 +1,128 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""RAD-ChestCT: chest CT as arrays, with findings by location and no reports (zenodo.org/records/6406114).
+
+Layout of the release, one folder:
+
+    trn00001.npz, val00001.npz, tst00001.npz, ...                     one array `ct`
+    CT_Scan_Metadata_Complete_35747.csv                               NoteAcc_DEID, VolumeAcc_DEID, MRN_DEID, ...
+    img{train,valid,test}_Abnormality_and_Location_Labels.csv         NoteAcc_DEID, <finding>*<location>, ...
+
+`ct` is int16 HU, cut at -1000 and 1000, on a grid of 0.8 mm in all directions, indices (slice, row, column) growing
+towards inferior, posterior and left (github.com/rachellea/ct-volume-preprocessing; the release's table of lung extrema
+names the axes alike). It is HU already: the table's slope and intercept are those of the original files. Volumes and
+tables may lie in sub-folders.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...geometry_t3d import Volume, VolumeReadError, affine_from_axes
+from .release import LayoutError, Release, find_table, read_table, read_wide_table
+
+SOURCE = "https://zenodo.org/records/6406114"
+SPACING = (0.8, 0.8, 0.8)  # mm, of every volume of the release
+AXES = "IPL"
+_METADATA = "CT_Scan_Metadata_Complete_35747.csv"
+_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+
+
+def read_rad_chestct(path: str | Path) -> Volume:
+    """
+    A volume of the release: the array `ct` of an `.npz` file, in HU, on the release's grid.
+
+    Args:
+        path (`str` or `Path`): the file. Pickled content is never loaded.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array = file["ct"] if "ct" in file.files else None
+    except FileNotFoundError:
+        raise VolumeReadError(f"{path}: no such file or folder") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        reason = type(error).__name__
+        raise VolumeReadError(
+            f"{path}: is not a readable .npz file: truncated, damaged or another format ({reason})"
+        ) from None
+    if array is None:
+        raise VolumeReadError(f"{path}: holds no array 'ct'; it is not a volume of RAD-ChestCT")
+    if array.ndim != 3 or array.dtype.kind not in "iuf" or 0 in array.shape:
+        raise VolumeReadError(
+            f"{path}: 'ct' has shape {array.shape} and type {array.dtype}, not a volume's; see {SOURCE}"
+        )
+    return Volume(array, affine_from_axes(SPACING, AXES), source=str(path))
+
+
+def build_rad_chestct(folder: Path) -> Release:
+    """
+    Rows of a RAD-ChestCT download, whole or in part: labels without reports, for evaluation and probes.
+
+    Args:
+        folder (`Path`): holds the volumes and tables, or their sub-folders.
+    """
+    metadata = find_table(folder, [_METADATA, f"**/{_METADATA}", "**/CT_Scan_Metadata_*.csv"], "patients", SOURCE)
+    volumes = {path.name: path for path in sorted(folder.rglob("*.npz"))}
+    release = Release()
+    labels: dict[str, tuple[str, dict[str, int]]] = {}
+    for name, split in _SPLITS.items():
+        pattern = f"img{name}_Abnormality_and_Location_Labels.csv"
+        path = find_table(folder, [pattern, f"**/{pattern}"], "findings and the split", SOURCE)
+        for note, findings in _read_labels(path, volumes):
+            if note in labels:
+                raise LayoutError(
+                    f"{path}: NoteAcc_DEID {note} stands in two of the label tables; download them again"
+                )
+            labels[note] = split, findings
+    absent = unlabelled = 0
+    used = set()
+    for row in read_table(metadata, ["NoteAcc_DEID", "VolumeAcc_DEID", "MRN_DEID"]):
+        volume_name = f"{row['VolumeAcc_DEID'].strip().removesuffix('.npz')}.npz"
+        note = row["NoteAcc_DEID"].strip()
+        if volume_name not in volumes:
+            absent += 1
+        elif note not in labels:
+            unlabelled += 1
+            used.add(volume_name)
+        else:
+            split, findings = labels[note]
+            used.add(volume_name)
+            record: dict[str, Any] = {
+                "volume": volumes[volume_name],
+                "patient_id": row["MRN_DEID"].strip(),
+                "study_id": note,
+                "split": split,
+                "labels": findings,
+            }
+            release.records.append(record)
+    release.note(absent, "scans of the metadata table have no volume here and were left out")
+    release.note(unlabelled, "volumes have no labels and were left out")
+    release.note(len(volumes) - len(used), "volumes are not named in the metadata table and were left out")
+    if not release.records:
+        raise LayoutError(f"{folder}: no volume of the metadata table is there; download the .npz files from {SOURCE}")
+    return release
+
+
+def _read_labels(path: Path, volumes: dict[str, Path]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Study and findings, present when at any location; studies without a volume are passed over."""
+    header, rows = read_wide_table(path, ["NoteAcc_DEID"])
+    key = header.index("NoteAcc_DEID")
+    places: dict[str, list[int]] = {}
+    for position, name in enumerate(header):
+        if position != key:
+            places.setdefault(name.split("*", 1)[0], []).append(position)
+    known = {name.removesuffix(".npz") for name in volumes}
+    for row in rows:
+        if row[key].strip() in known:
+            # Zeros are most of some four thousand cells.
+            present = {
+                position for position, cell in enumerate(row) if cell not in ("0", "", "0.0") and position != key
+            }
+            yield row[key].strip(), {name: int(not present.isdisjoint(cells)) for name, cells in places.items()}
+
+
+__all__ = ["AXES", "SPACING", "build_rad_chestct", "read_rad_chestct"]

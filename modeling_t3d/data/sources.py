@@ -1,0 +1,50 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What an image processor is given for a row of a manifest: a path, or a Volume where the file does not say all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..geometry_t3d import Volume
+from ..volume_io_t3d import read_volume
+from .builders.rad_chestct import read_rad_chestct
+
+
+def open_source(path: str | Path, rescale: tuple[float, float] | None = None) -> Path | Volume:
+    """
+    The source of a volume, as `prepare` takes it.
+
+    Args:
+        path (`str` or `Path`): file or DICOM folder; an `.npz` file is one of RAD-ChestCT.
+        rescale (two floats, *optional*):
+            Slope and intercept that the file's header lacks; used after the header's own.
+
+    Returns:
+        `Path` for a file that speaks for itself, so that it is decoded where it is resampled; else a [`Volume`].
+    """
+    path = Path(path)
+    is_array = path.suffix == ".npz"
+    if rescale is None:
+        return read_rad_chestct(path) if is_array else path
+    volume = read_rad_chestct(path) if is_array else read_volume(path)
+    return apply_rescale(volume, rescale)
+
+
+def apply_rescale(volume: Volume, rescale: tuple[float, float]) -> Volume:
+    """
+    Multiply a volume's values by a slope and add an intercept, both from outside its file.
+
+    Whole numbers stay whole where slope and intercept are, so that HU are exact.
+    """
+    slope, intercept = rescale
+    whole = volume.array.dtype.kind in "iu" and slope == int(slope) and intercept == int(intercept)
+    array = volume.array.astype(np.int32 if whole else np.float32)
+    array *= int(slope) if whole else slope
+    array += int(intercept) if whole else intercept
+    note = f"rescaled by {slope:g} and {intercept:g}, which the manifest names"
+    return replace(volume, array=array, warnings=(*volume.warnings, note))
+
+
+__all__ = ["apply_rescale", "open_source"]
