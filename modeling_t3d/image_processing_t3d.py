@@ -9,7 +9,7 @@
 import os
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ from .image_settings_t3d import (
 from .intensity_t3d import (
     AIR,
     GAS_BELOW,
-    apply_windows,
     check_declared_range,
     check_finite,
     check_hounsfield,
@@ -47,19 +46,12 @@ from .intensity_t3d import (
     padding_values,
     value_range,
 )
-from .prepared_volume_t3d import LocalViews, PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
-from .tile_plan_t3d import (
-    aligned_plan,
-    aligned_positions,
-    grid_plan,
-    independent_plan,
-    normalised_positions,
-    overlapping_plan,
-)
+from .local_views_t3d import LocalViews, LocalViewsMixin, Views
+from .prepared_volume_t3d import PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
+from .tile_plan_t3d import aligned_positions
 from .volume_io_t3d import to_volume
 from .volume_transforms_t3d import (
     AxisSampling,
-    crop,
     deoblique,
     find_body,
     resample,
@@ -73,7 +65,7 @@ logger = logging.get_logger(__name__)
 PREPARATION_VERSION = 1  # part of `preparation_key`: grows whenever `prepare` gives other voxels
 
 
-class T3DImageProcessor(BaseImageProcessor):
+class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
     r"""
     Turns 3-D scans into a global view (the body, reduced) and local views (crops at full resolution).
 
@@ -240,20 +232,6 @@ class T3DImageProcessor(BaseImageProcessor):
 
     # ------------------------------------------------------------------------------------------ views
 
-    def _channels(self, values: torch.Tensor, prepared: PreparedVolume) -> torch.Tensor:
-        """(depth, height, width) in the volume's unit -> (channels, depth, height, width) as the model wants it."""
-        windows = self.windows if prepared.value_range is None else (prepared.value_range,)
-        if self.do_rescale:
-            channels = apply_windows(values, windows, clip=self.intensity != "zscore")
-            if self.rescale_factor != 1.0:
-                channels *= self.rescale_factor
-        else:
-            channels = values.expand(len(windows), *values.shape).clone()
-        if self.do_normalize:
-            mean, deviation = (torch.as_tensor(x, dtype=torch.float32) for x in (self.image_mean, self.image_std))
-            channels = (channels - mean.reshape(-1, 1, 1, 1)) / deviation.reshape(-1, 1, 1, 1)
-        return channels
-
     def _global_frame(self, prepared: PreparedVolume) -> tuple[list[AxisSampling], Box]:
         return global_frame(prepared, self.global_fit, self.global_size, self.spacing, self.global_crop_extent)
 
@@ -286,43 +264,8 @@ class T3DImageProcessor(BaseImageProcessor):
             local_affines=tuple(crop_affine(prepared.affine, box.start) for box in boxes),
             source=prepared.source,
             warnings=prepared.warnings,
+            input_grid=prepared.input_grid,
         )
-
-    def make_views(
-        self,
-        prepared: PreparedVolume,
-        views: int | Literal["grid"],
-        generator: np.random.Generator | int | None = None,
-        positions: np.ndarray | None = None,
-    ) -> LocalViews:
-        """Local views: `views` random ones, or `"grid"` for tiles that cover the whole uncropped volume.
-
-        Args:
-            prepared ([`PreparedVolume`]): what `prepare` returned.
-            views (`int` or `"grid"`): how many, or all tiles.
-            generator (`np.random.Generator` or a seed): draws where random views lie.
-            positions (`np.ndarray` of shape `(views, 3)`): for `view_sampling="aligned"`, the normalised centres that
-                the batch shares (`aligned_positions`); drawn from the generator when not given, which aligns nothing.
-
-        Returns:
-            [`LocalViews`]
-        """
-        shape, size, body = prepared.array.shape, self.local_size, prepared.body
-        if views == "grid":
-            boxes = grid_plan(shape, size, self.grid_overlap)
-        else:
-            if not isinstance(generator, np.random.Generator):
-                generator = np.random.default_rng(generator)
-            if self.view_sampling == "aligned":
-                positions = aligned_positions(views, generator) if positions is None else positions
-                boxes = aligned_plan(shape, size, positions, body.box, generator, jitter=self.view_jitter)
-            elif self.view_sampling == "overlapping":
-                overlap = self.view_overlap
-                boxes = overlapping_plan(shape, size, views, body.box, generator, body, minimum_overlap=overlap)
-            else:
-                boxes = independent_plan(shape, size, views, body.box, generator, body)
-        tiles = [self._channels(crop(prepared.array, box, prepared.outside), prepared) for box in boxes]
-        return LocalViews(torch.stack(tiles), torch.from_numpy(normalised_positions(boxes, body.box)), boxes)
 
     # ------------------------------------------------------------------------------------------ call
 
@@ -333,7 +276,9 @@ class T3DImageProcessor(BaseImageProcessor):
             images: path, numpy array, tensor, nibabel image, `Volume`, [`PreparedVolume`], or a list of these.
             affine (`np.ndarray` of shape `(4, 4)`, or one per image): array indices to RAS+ world (x, y, z) in mm.
             volume_spacing, volume_axes: in place of `affine`, mm per array axis and where each axis grows (`"SAR"`).
-            views (`None`, `int` or `"grid"`): no local views, that many random ones, or tiles that cover everything.
+            views (`None`, `int`, `"grid"` or points): no local views, that many random ones, tiles that cover all but
+                pure air, or views around world coordinates (x, y, z) in RAS mm (one list of points per image, or one
+                for all).
             seed (`int`): of the random views; without it they follow `torch.manual_seed`.
             return_geometry (`bool`): adds `"geometry"`, one [`ViewGeometry`] per volume.
             return_tensors (`"pt"` or `"np"`): kind of arrays; `"pt"` if not given.
@@ -368,13 +313,16 @@ class T3DImageProcessor(BaseImageProcessor):
         affine: Any,
         volume_spacing: Any,
         volume_axes: Any,
-        views: int | Literal["grid"] | None,
+        views: Views | None,
         seed: int | None,
         return_geometry: bool | None,
         return_tensors: str | None,
     ) -> BatchFeature:
         affines = _per_image(affine, len(images), "affine", lambda value: np.ndim(value) == 2)
         spacings = _per_image(volume_spacing, len(images), "volume_spacing", lambda value: np.ndim(value) == 1)
+        places = _per_image(
+            views, len(images), "views", lambda value: isinstance(value, int | str) or np.ndim(value[0]) == 1
+        )
         axes = _per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
         if not images:
             raise ValueError("no images were given; pass at least one volume")
@@ -387,7 +335,8 @@ class T3DImageProcessor(BaseImageProcessor):
             prepared = self.prepare(image, affines[index], spacings[index], axes[index], name=f"volume {index}")
             pixel_values.append(self.global_view(prepared))
             if views is not None:
-                local_views.append(self.make_views(prepared, views, np.random.default_rng((seed, index)), shared))
+                generator = np.random.default_rng((seed, index))
+                local_views.append(self.make_views(prepared, places[index], generator, shared))
             geometry.append(self.geometry(prepared, local_views[-1].boxes if views is not None else ()))
         data: dict[str, Any] = {"pixel_values": torch.stack(pixel_values)}
         if views is not None:
@@ -399,26 +348,6 @@ class T3DImageProcessor(BaseImageProcessor):
         if return_geometry:
             data["geometry"] = geometry
         return BatchFeature(data=data)
-
-    def stack_views(self, local_views: Sequence[LocalViews]) -> dict[str, torch.Tensor]:
-        """One batch from volumes with different numbers of views; what is added is zero and masked out.
-
-        Returns:
-            `local_pixel_values` (batch, views, channels, depth, height, width), `local_mask` (batch, views) bool, and
-            `local_positions` (batch, views, 6).
-        """
-        most = max(len(views.boxes) for views in local_views)
-        first = local_views[0].pixel_values
-        shape = (len(local_views), most, *first.shape[1:])
-        pixel_values = first.new_full(shape, 0.0)
-        mask = torch.zeros(shape[:2], dtype=torch.bool)
-        positions = torch.zeros(*shape[:2], 6)
-        for index, views in enumerate(local_views):
-            count = len(views.boxes)
-            pixel_values[index, :count] = views.pixel_values
-            mask[index, :count] = True
-            positions[index, :count] = views.positions
-        return {"local_pixel_values": pixel_values, "local_mask": mask, "local_positions": positions}
 
 
 def _canonical_volume(

@@ -6,7 +6,7 @@ What the settings do is in `image_processing_t3d`.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from transformers.processing_utils import ImagesKwargs
@@ -37,7 +37,7 @@ class T3DImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
     affine: Any
     volume_spacing: Any
     volume_axes: Any
-    views: int | str | None
+    views: Any
     seed: int | None
     return_geometry: bool | None
 
@@ -94,8 +94,15 @@ def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("do_normalize") and (kwargs.get("image_mean") is None or kwargs.get("image_std") is None):
         raise ValueError("do_normalize=True needs image_mean and image_std")
     views = kwargs.get("views")
-    if views is not None and views != "grid" and (not isinstance(views, int) or views < 1):
-        raise ValueError(f'views must be None, a positive number of random views or "grid", got {views!r}')
+    if isinstance(views, int | str):
+        known = views == "grid" if isinstance(views, str) else views >= 1
+    else:
+        known = views is None or (isinstance(views, Sized) and len(views) > 0)
+    if not known:
+        raise ValueError(
+            'views must be None, a positive number of random views, "grid", or points (x, y, z) in RAS mm, '
+            f"got {views!r}"
+        )
     return kwargs
 
 

@@ -169,17 +169,20 @@ def value_range(array: np.ndarray, intensity: str) -> tuple[float, float]:
     return mean - deviation, mean + deviation
 
 
-def apply_windows(values: torch.Tensor, windows: Sequence[Sequence[float]], clip: bool = True) -> torch.Tensor:
+def apply_windows(
+    values: torch.Tensor, windows: Sequence[Sequence[float]], clip: bool = True, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """One channel per window: its lower end becomes -1, its upper end 1; `clip` holds the rest within.
 
     Args:
         values (`torch.Tensor` of shape `(depth, height, width)`): float32.
         windows (pairs of floats): lower and upper end, in the values' unit.
+        out (`torch.Tensor` of the result's shape, *optional*): takes the result; its last channel may be `values`.
 
     Returns:
         `torch.Tensor` of shape `(channels, depth, height, width)`.
     """
-    channels = torch.empty((len(windows), *values.shape), dtype=torch.float32)
+    channels = torch.empty((len(windows), *values.shape), dtype=torch.float32) if out is None else out
     for channel, (low, high) in zip(channels, windows, strict=True):
         if clip:
             torch.clamp(values, low, high, out=channel)

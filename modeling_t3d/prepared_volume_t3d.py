@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,14 +134,6 @@ def _unpack(text: str, shape: Sequence[int]) -> np.ndarray:
     return np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape)
 
 
-class LocalViews(NamedTuple):
-    """Local views of one volume: values (views, channels, depth, height, width), positions (views, 6) and boxes."""
-
-    pixel_values: torch.Tensor
-    positions: torch.Tensor
-    boxes: tuple[Box, ...]
-
-
 @dataclass(eq=False)
 class ViewGeometry:
     """Where the views of one volume lie in the world.
@@ -156,7 +148,7 @@ class ViewGeometry:
         discarded_mm (three pairs of floats, z y x): left out of the global view at the low and the high end.
         discarded_body_voxels (`int`): voxels of the body (model grid) that the global view leaves out.
         local_boxes, local_affines: of each local view, in voxels of the model grid and to the world.
-        source, warnings: from the prepared volume.
+        source, warnings, input_grid: from the prepared volume.
     """
 
     spacing: tuple[float, float, float]
@@ -171,6 +163,7 @@ class ViewGeometry:
     local_affines: tuple[np.ndarray, ...] = ()
     source: str | None = None
     warnings: tuple[str, ...] = ()
+    input_grid: Grid | None = None
 
 
 def global_frame(
@@ -258,4 +251,4 @@ def frame_loss(
     return tuple(discarded), lost_cells * math.prod(prepared.body.cell)
 
 
-__all__ = ["LocalViews", "PreparedVolume", "ViewGeometry", "cut_frame", "frame_loss", "global_frame"]
+__all__ = ["PreparedVolume", "ViewGeometry", "cut_frame", "frame_loss", "global_frame"]

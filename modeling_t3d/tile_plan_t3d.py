@@ -25,33 +25,110 @@ def _box_around(center: Sequence[float], size: Sequence[int], shape: Sequence[in
     return Box(tuple(starts), tuple(start + length for start, length in zip(starts, size, strict=True)))
 
 
-def grid_plan(shape: Sequence[int], size: Sequence[int], overlap: float = 0.0) -> tuple[Box, ...]:
+def _axis_starts(extent: int, length: int, overlap: float) -> list[int]:
+    """First voxels of the tiles along one axis, spread evenly so that the last tile ends at the border."""
+    if extent <= length:
+        return [-((length - extent) // 2)]
+    stride = max(1, math.floor(length * (1.0 - overlap)))
+    gaps = math.ceil((extent - length) / stride)
+    # Whole-number arithmetic: no rounding rule decides where a tile lies, and the last start is extent - length.
+    return [(2 * index * (extent - length) + gaps) // (2 * gaps) for index in range(gaps + 1)]
+
+
+def _tiles_with_content(
+    starts: Sequence[Sequence[int]], size: Sequence[int], cells: np.ndarray, cell: Sequence[int]
+) -> np.ndarray:
+    """Which tiles touch a true cell or a neighbour of one: (tiles_z, tiles_y, tiles_x) bool, axis by axis."""
+    found = cells
+    for axis in range(3):
+        # One more cell on each side: the skin in a cell that is mostly air is not lost.
+        spans = [
+            slice(max(0, start // cell[axis] - 1), (start + size[axis] - 1) // cell[axis] + 2)
+            for start in starts[axis]
+        ]
+        lines = np.moveaxis(found, axis, 0)
+        found = np.moveaxis(np.stack([lines[span].any(axis=0) for span in spans]), 0, axis)
+    return found
+
+
+def grid_plan(
+    shape: Sequence[int],
+    size: Sequence[int],
+    overlap: float = 0.0,
+    cells: np.ndarray | None = None,
+    cell: Sequence[int] = (1, 1, 1),
+) -> tuple[Box, ...]:
     """Tiles that cover a whole volume, in z, y, x order, spread evenly so that the last one ends at the border.
 
     Args:
         shape: voxels (D, H, W) of the uncropped volume.
         size: voxels (d, h, w) of one tile; an axis where the volume is smaller gets one centred tile that sticks out.
         overlap: least fraction of a tile's length shared with the next one, 0 <= overlap < 1.
+        cells: boolean blocks of the volume that hold more than air; tiles that touch none of them, nor a neighbour of
+            one, are left out. The others stay where they are.
+        cell: voxels (z, y, x) per block.
 
     Example:
         >>> [tile.start[0] for tile in grid_plan((100, 8, 8), (40, 8, 8))]
         [0, 30, 60]
+        >>> low_end = np.arange(10).reshape(10, 1, 1) < 1
+        >>> [tile.start[0] for tile in grid_plan((100, 8, 8), (40, 8, 8), cells=low_end, cell=(10, 8, 8))]
+        [0]
     """
     if not 0.0 <= overlap < 1.0:
         raise VolumeGeometryError(f"overlap is {overlap}; it must be at least 0 and below 1")
-    axes = []
-    for extent, length in zip(shape, size, strict=True):
-        if extent <= length:
-            axes.append([-((length - extent) // 2)])
-            continue
-        stride = max(1, math.floor(length * (1.0 - overlap)))
-        gaps = math.ceil((extent - length) / stride)
-        # Whole-number arithmetic: no rounding rule decides where a tile lies, and the last start is extent - length.
-        axes.append([(2 * index * (extent - length) + gaps) // (2 * gaps) for index in range(gaps + 1)])
-    return tuple(
+    starts = [_axis_starts(extent, length, overlap) for extent, length in zip(shape, size, strict=True)]
+    tiles = (
         Box(start, tuple(s + length for s, length in zip(start, size, strict=True)))
-        for start in itertools.product(*axes)
+        for start in itertools.product(*starts)
     )
+    if cells is None:
+        return tuple(tiles)
+    return tuple(itertools.compress(tiles, _tiles_with_content(starts, size, cells, cell).ravel()))
+
+
+def point_plan(
+    shape: Sequence[int], size: Sequence[int], points: Any, affine: np.ndarray, name: str = "the volume"
+) -> tuple[Box, ...]:
+    """Views around given places in the world, moved inwards where they would leave the volume.
+
+    Args:
+        shape: voxels (D, H, W) of the volume.
+        size: voxels (d, h, w) of one view.
+        points: (N, 3), x, y, z in RAS mm, as nibabel gives world coordinates.
+        affine: (4, 4), (z, y, x) voxel index to RAS+ world (x, y, z) in mm.
+        name: what the error calls the volume.
+
+    Raises:
+        VolumeGeometryError: a point is no three finite numbers or lies outside the volume; the message has its index.
+
+    Example:
+        >>> affine = np.array([[0, 0, 1.0, 0], [0, 1, 0, 0], [2, 0, 0, 0], [0, 0, 0, 1]])
+        >>> point_plan((40, 30, 30), (7, 7, 7), [(12.0, 13.0, 40.0)], affine)
+        (Box(start=(17, 10, 9), stop=(24, 17, 16)),)
+    """
+    to_voxels = np.linalg.inv(affine)
+    corners = np.array(list(itertools.product(*[(-0.5, extent - 0.5) for extent in shape])))
+    world = corners @ affine[:3, :3].T + affine[:3, 3]
+    boxes = []
+    for index, point in enumerate(points):
+        try:
+            place = np.array(point, dtype=np.float64).reshape(3)
+        except (TypeError, ValueError):
+            raise VolumeGeometryError(f"{name}: point {index} of views is not (x, y, z) in mm: {point!r}") from None
+        center = to_voxels[:3, :3] @ place + to_voxels[:3, 3] + 0.5  # edges: voxel k covers [k, k + 1)
+        if not (np.isfinite(place).all() and (center > -1e-6).all() and (center < np.add(shape, 1e-6)).all()):
+            spans = ", ".join(
+                f"{axis} {low:.1f}..{high:.1f}"
+                for axis, low, high in zip("xyz", world.min(axis=0), world.max(axis=0), strict=True)
+            )
+            shown = ", ".join(f"{value:g}" for value in place)
+            raise VolumeGeometryError(
+                f"{name}: point {index} of views, ({shown}), lies outside the volume, which spans {spans} mm; "
+                "points are world coordinates (x, y, z) in RAS mm, x growing towards the right"
+            )
+        boxes.append(_box_around(center.tolist(), size, shape))
+    return tuple(boxes)
 
 
 class VoxelMask(Protocol):
@@ -170,4 +247,5 @@ __all__ = [
     "independent_plan",
     "normalised_positions",
     "overlapping_plan",
+    "point_plan",
 ]

@@ -186,26 +186,26 @@ def deoblique(
 # ---------------------------------------------------------------------------------------------- crops
 
 
-def crop(array: np.ndarray, box: Box, outside: float) -> torch.Tensor:
+def crop(array: np.ndarray, box: Box, outside: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copies a box out of an array; what reaches beyond the array is `outside`.
 
     Args:
         array (`np.ndarray` of shape `(depth, height, width)`): may be memory-mapped; only the box is read.
         box (`Box`): its start may be negative.
         outside (`float`): value beyond the array.
+        out (`torch.Tensor` of the box's size, *optional*): takes the copy.
 
     Returns:
-        `torch.Tensor` of the box's size, float32.
+        `torch.Tensor` of the box's size, float32 unless `out` has another type.
     """
     low = [max(0, first) for first in box.start]
-    high = [min(end, limit) for end, limit in zip(box.stop, array.shape, strict=True)]
-    block = array[low[0] : high[0], low[1] : high[1], low[2] : high[2]].astype(np.float32)
-    if block.shape != box.size:
-        padded = np.full(box.size, outside, dtype=np.float32)
-        where = tuple(slice(a - s, max(a, b) - s) for a, b, s in zip(low, high, box.start, strict=True))
-        padded[where] = block
-        block = padded
-    return torch.from_numpy(block)
+    high = [max(a, min(end, limit)) for a, end, limit in zip(low, box.stop, array.shape, strict=True)]
+    values = torch.empty(box.size) if out is None else out
+    if any(b - a != size for a, b, size in zip(low, high, box.size, strict=True)):
+        values.fill_(outside)
+    where = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, box.start, strict=True))
+    values.numpy()[where] = array[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+    return values
 
 
 # ---------------------------------------------------------------------------------------------- body

@@ -420,7 +420,9 @@ def test_wrong_setting_is_refused(settings, message):
     [
         ({"views": 0}, "views must be"),
         ({"views": "all"}, "views must be"),
-        ({"views": 2.5}, "'views' with value 2.5"),
+        ({"views": 2.5}, "views must be"),
+        ({"views": []}, "views must be"),
+        ({"num_local_views": 2.5}, "'num_local_views' with value 2.5"),
         ({"global_fit": "x"}, "global_fit must be"),
         ({"vews": 2}, "did you mean 'views'"),
     ],
