@@ -5,13 +5,12 @@
 What cannot be read right raises `VolumeReadError` with the path as given; header text is never repeated.
 """
 
-import gzip
 import math
 import os
 import stat
 import tempfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +18,18 @@ import numpy as np
 import torch
 
 from .geometry_t3d import (
+    SHEAR_TOLERANCE,
     Volume,
     VolumeError,
     VolumeGeometryError,
     VolumeReadError,
     affine_from_axes,
-    check_affine,
     shear,
 )
+from .nifti_stream_t3d import NiftiFile, check_type, import_nibabel, nifti_geometry, open_nifti
 from .volume_arithmetic_t3d import remove_shear, rescale
 from .volume_dicom_t3d import describe_series, quiet_parsers, read_dicom
-from .volume_headers_t3d import MAXIMUM_DEFLATE, archive_kind, check_promise, damaged, pick_time
+from .volume_headers_t3d import archive_kind, damaged, pick_time
 from .volume_itk_t3d import LPS_TO_RAS, from_simple_itk, read_itk
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -63,6 +63,17 @@ def read_volume(
         >>> read_volume(path).spacing
         (2.0, 1.0, 1.0)
     """
+    opened = open_volume(path, series=series, time_index=time_index, resample=resample)
+    if isinstance(opened, Volume):
+        return opened
+    with naming(opened.source):
+        return _right_angled(opened.read(), resample)
+
+
+def open_volume(
+    path: str | os.PathLike, *, series: int | None = None, time_index: int | None = None, resample: bool = True
+) -> Volume | NiftiFile:
+    """As `read_volume`, but of a NIfTI file the header alone is read and checked, and its shear is left as it is."""
     source = os.fspath(path)
     if not isinstance(source, str):
         raise VolumeReadError(f"{source!r}: a path is a string or a pathlib.Path")
@@ -76,15 +87,23 @@ def read_volume(
         raise VolumeReadError(f"{source}: time_index= is for 4-D NIfTI, NRRD and MetaImage files; it is DICOM")
     if series is not None and not is_dicom:
         raise VolumeReadError(f"{source}: series= is for DICOM; the file holds one image")
+    with naming(source), quiet_parsers():
+        if suffix in NIFTI_SUFFIXES and not is_dicom:
+            file = open_nifti(source, time_index)
+            _refuse_shear(file.affine, resample)
+            return file
+        if is_dicom:
+            volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series, resample=resample)
+        else:
+            volume = read_itk(source, time_index)
+        return _right_angled(volume, resample)
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Turns whatever goes wrong with a file into a `VolumeReadError` that begins with its path."""
     try:
-        with quiet_parsers():
-            if is_dicom:
-                volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series, resample=resample)
-            elif suffix in NIFTI_SUFFIXES:
-                volume = _read_nifti(source, time_index)
-            else:
-                volume = read_itk(source, time_index)
-            return _right_angled(volume, resample)
+        yield
     except VolumeReadError:
         raise
     except VolumeError as error:
@@ -101,12 +120,16 @@ def list_series(path: str | os.PathLike) -> tuple[str, ...]:
     return describe_series(source, _dicom_files(source, suffix, is_folder))
 
 
-def _right_angled(volume: Volume, resample: bool) -> Volume:
-    if volume.is_sheared and not resample:
+def _refuse_shear(affine: np.ndarray, resample: bool) -> None:
+    if shear(affine) > SHEAR_TOLERANCE and not resample:
         raise VolumeGeometryError(
-            f"the axes are {math.degrees(math.asin(min(1.0, shear(volume.affine)))):.1f} degrees off a right angle "
+            f"the axes are {math.degrees(math.asin(min(1.0, shear(affine)))):.1f} degrees off a right angle "
             "(gantry tilt or a sheared affine); pass resample=True to have it resampled"
         )
+
+
+def _right_angled(volume: Volume, resample: bool) -> Volume:
+    _refuse_shear(volume.affine, resample)
     return remove_shear(volume)
 
 
@@ -158,55 +181,9 @@ def _dicom_files(source: str, suffix: str, is_folder: bool) -> list[str]:
     return [source]
 
 
-def _import_nibabel(source: str) -> Any:
-    try:
-        import nibabel
-    except ImportError:
-        raise VolumeReadError(f"{source}: reading NIfTI needs nibabel; install it with pip install nibabel") from None
-    return nibabel
-
-
-def _check_type(source: str, dtype: np.dtype) -> None:
-    if dtype.kind not in "iufb":
-        kind = "complex" if dtype.kind == "c" else "colour or composite"
-        raise VolumeReadError(f"{source}: holds {kind} values, not one number per voxel; convert it first")
-
-
-def _read_nifti(source: str, time_index: int | None) -> Volume:
-    nibabel = _import_nibabel(source)
-    try:
-        image = nibabel.load(source, keep_file_open=False)
-        shape, dtype = image.shape, image.get_data_dtype()
-        offset = image.dataobj.offset
-        with image.file_map["image"].get_prepare_fileobj("rb") as stream:  # the loaded header has lost these two
-            stored = image.header_class.from_fileobj(stream, check=False)
-            factors = float(stored["scl_slope"]), float(stored["scl_inter"])
-    except Exception as error:  # a damaged file can make the parser raise anything
-        raise damaged(source, "NIfTI", error) from None
-    if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti2Image):
-        raise VolumeReadError(f"{source}: is not a NIfTI volume")
-    _check_type(source, dtype)
-    if any(math.isinf(factor) for factor in factors):
-        raise VolumeReadError(f"{source}: its header gives an infinite rescale (scl_slope or scl_inter)")
-    size = os.path.getsize(source)
-    if source[-3:].lower() != ".gz":
-        check_promise(source, shape, dtype.itemsize, size - offset)
-        return _from_nibabel(nibabel, image, source, time_index)
-    check_promise(source, shape, dtype.itemsize, size * MAXIMUM_DEFLATE)
-    try:
-        with gzip.open(source) as stream:
-            holder = nibabel.fileholders.FileHolder(fileobj=stream)
-            volume = _from_nibabel(nibabel, type(image).from_file_map({"image": holder}), source, time_index)
-            while stream.read(1 << 20):  # to the end, where the checksum is compared
-                pass
-    except (OSError, EOFError, zlib.error) as error:
-        raise damaged(source, "NIfTI", error) from None
-    return volume
-
-
-def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None) -> Volume:
+def _from_nibabel(nibabel: Any, image: Any, source: str) -> Volume:
     """A Volume from a nibabel image; `source` names it in messages."""
-    time = pick_time(source, image.shape, time_index)
+    time = pick_time(source, image.shape, None)
     slope, intercept = 1.0, 0.0
     try:
         proxy = image.dataobj
@@ -214,29 +191,12 @@ def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None)
             stored, slope, intercept = proxy.get_unscaled(), float(proxy.slope), float(proxy.inter)
         else:
             stored = np.asanyarray(proxy)
-        affine, header = image.affine, image.header
-    except Exception as error:  # as above; a compressed file is only read here
+    except Exception as error:  # a damaged file can make the parser raise anything
         raise damaged(source, "NIfTI", error) from None
-    _check_type(source, stored.dtype)
-    notes: list[str] = []
-    if affine is None:
-        raise VolumeReadError(f"{source}: has no affine; the orientation is unknown")
-    if isinstance(header, nibabel.Nifti1Header):
-        if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-            notes.append("the header gives no orientation (sform and qform codes are 0): nibabel's default is used")
-        scale = {"meter": 1e3, "micron": 1e-3}.get(_spatial_unit(header))
-        if scale is not None:
-            affine = np.diag([scale, scale, scale, 1.0]) @ affine
-            notes.append("the header gives lengths in another unit: converted to mm")
+    check_type(source, stored.dtype)
+    affine, notes = nifti_geometry(source, image)
     stored = stored.reshape((*stored.shape[:3], -1))[..., time]
-    return Volume(rescale(stored, slope, intercept), check_affine(affine), source=source, warnings=tuple(notes))
-
-
-def _spatial_unit(header: Any) -> str:
-    try:
-        return header.get_xyzt_units()[0]
-    except KeyError:  # a code that the standard does not define
-        return "unknown"
+    return Volume(rescale(stored, slope, intercept), affine, source=source, warnings=notes)
 
 
 def to_volume(
@@ -297,9 +257,9 @@ def _from_object(image: Any) -> Volume:
             raise VolumeReadError(f"TorchIO image: cannot be loaded ({type(error).__name__})") from None
         return _from_array(_without_channel(data), affine, None, None)
     if package == "nibabel":
-        nibabel = _import_nibabel("nibabel image")
+        nibabel = import_nibabel("nibabel image")
         if isinstance(image, nibabel.spatialimages.SpatialImage):
-            return _from_nibabel(nibabel, image, "nibabel image", None)
+            return _from_nibabel(nibabel, image, "nibabel image")
     raise VolumeGeometryError(
         f"a {type(image).__name__} is not a volume; pass a path, a numpy array or tensor with affine=, a "
         "MetaTensor, a nibabel, SimpleITK or TorchIO image, or a Volume"
@@ -344,7 +304,7 @@ def write_nifti(volume: Volume, path: str | os.PathLike) -> None:
     suffix = next((suffix for suffix in (".nii.gz", ".nii") if source.endswith(suffix)), None)
     if suffix is None:
         raise VolumeError(f"{source}: a NIfTI file ends in .nii or .nii.gz")
-    nibabel = _import_nibabel(source)
+    nibabel = import_nibabel(source)
     array = volume.array
     if max(array.shape) > np.iinfo(np.int16).max:
         raise VolumeError(f"{source}: an axis of {max(array.shape)} voxels cannot be written; NIfTI holds up to 32767")
@@ -373,4 +333,13 @@ def _umask() -> int:
     return current
 
 
-__all__ = ["VolumeReadError", "list_series", "read_volume", "remove_shear", "to_volume", "write_nifti"]
+__all__ = [
+    "VolumeReadError",
+    "list_series",
+    "naming",
+    "open_volume",
+    "read_volume",
+    "remove_shear",
+    "to_volume",
+    "write_nifti",
+]
