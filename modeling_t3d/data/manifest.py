@@ -135,7 +135,8 @@ def read_manifest(
             neither section is given, and cannot serve a single section.
         min_report_words (`int`, defaults to 5): rows with a shorter report are dropped, counted and printed.
         require_report (`bool`, defaults to `True`): raise on a row without any text; `False` for evaluation by labels.
-        check_files (`bool`, defaults to `True`): raise on a row whose volume or mask does not exist.
+        check_files (`bool`, defaults to `True`): raise on a row whose volume or mask does not exist; a volume with a
+            key is looked for in a store, not here.
 
     Example:
 
@@ -289,7 +290,7 @@ def _missing_report(sections: Sections, columns: list[str]) -> str:
 
 
 def _check_files(path: Path, rows: list[ManifestRow], records: dict[int, dict[str, Any]]) -> None:
-    missing = [row for row in rows if not row.volume.exists()]
+    missing = [row for row in rows if row.key is None and not row.volume.exists()]
     if missing:
         others = f" (so are rows {_some([row.number for row in missing[1:]])})" if missing[1:] else ""
         raise ManifestError(

@@ -115,10 +115,10 @@ def write_records(records: Sequence[dict[str, Any]], path: str | Path) -> Path:
     Write rows as a manifest; the file appears under its name only when it is complete.
 
     Columns stand in the order of `COLUMNS`, further ones after them; `labels`, `masks` and `rescale` are written as
-    JSON, and volumes and masks below the manifest's folder by their path relative to it.
+    JSON, and a `Path` below the manifest's folder relative to it; a `str` is written as it is.
 
     Args:
-        records (sequence of `dict`): one per row; a `volume` is a path, `labels` and `masks` are dictionaries.
+        records (sequence of `dict`): one per row; `labels` and `masks` are dictionaries.
         path (`str` or `Path`): its suffix chooses the format: `.csv`, `.jsonl` or `.parquet`.
 
     Example:
@@ -174,13 +174,17 @@ def _plain(record: dict[str, Any], columns: list[str], folder: Path) -> dict[str
     for name in columns:
         value = record.get(name)
         if name == "masks" and isinstance(value, dict):
-            value = {mask: relative_to(file, folder) for mask, file in value.items()}
+            value = {mask: _place(file, folder) for mask, file in value.items()}
         if name in _NESTED and isinstance(value, dict | list | tuple):
             value = json.dumps(value, ensure_ascii=False) if value else None
-        if name == "volume" and value is not None:
-            value = relative_to(value, folder)
+        if name == "volume":
+            value = _place(value, folder)
         plain[name] = None if value is None or value == "" else str(value)
     return plain
+
+
+def _place(path: Any, folder: Path) -> Any:
+    return relative_to(path, folder) if isinstance(path, Path) else path
 
 
 def relative_to(path: str | Path, folder: Path) -> str:

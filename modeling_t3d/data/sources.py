@@ -41,8 +41,8 @@ def apply_rescale(volume: Volume, rescale: tuple[float, float]) -> Volume:
     slope, intercept = rescale
     whole = volume.array.dtype.kind in "iu" and slope == int(slope) and intercept == int(intercept)
     array = volume.array.astype(np.int32 if whole else np.float32)
-    array *= int(slope) if whole else slope
-    array += int(intercept) if whole else intercept
+    np.multiply(array, np.asarray(slope, array.dtype), out=array)
+    np.add(array, np.asarray(intercept, array.dtype), out=array)
     note = f"rescaled by {slope:g} and {intercept:g}, which the manifest names"
     return replace(volume, array=array, warnings=(*volume.warnings, note))
 
