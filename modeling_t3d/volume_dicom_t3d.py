@@ -20,6 +20,7 @@ import numpy as np
 
 from .geometry_t3d import Volume, VolumeReadError
 from .volume_arithmetic_t3d import rescale
+from .volume_codestreams_t3d import check_codestream
 from .volume_headers_t3d import archive_kind
 from .volume_slices_t3d import Refused, Slice, even_out, stack_slices
 
@@ -280,7 +281,9 @@ def _pixels(folder: _Folder, file: int) -> np.ndarray:
     """Stored pixel values of one file, (frames, rows, columns)."""
     dataset = folder.read(file)
     try:
-        from pydicom.pixels import get_decoder
+        from pydicom.encaps import generate_frames
+        from pydicom.pixels import get_decoder, pixel_array
+        from pydicom.uid import RLELossless
 
         syntax = dataset.file_meta.TransferSyntaxUID
         if syntax.is_compressed and not syntax.is_deflated and not get_decoder(syntax).is_available:
@@ -294,7 +297,12 @@ def _pixels(folder: _Folder, file: int) -> np.ndarray:
             held = len(dataset.get("PixelData") or dataset.get("FloatPixelData") or b"")
             if held < needed:
                 raise Refused(f"the pixel data is truncated: {held} bytes where {needed} are needed")
-        return dataset.pixel_array.reshape(frames, rows, columns)
+        elif syntax != RLELossless:
+            for codestream in generate_frames(dataset.PixelData, number_of_frames=frames):
+                check_codestream(codestream, rows, columns)
+        # Of the RLE decoders, the one in Rust ends damaged data with a panic, which no `except Exception` sees.
+        plugin = "pydicom" if syntax == RLELossless else ""
+        return pixel_array(dataset, decoding_plugin=plugin).reshape(frames, rows, columns)
     except Refused as refused:
         raise folder.error(str(refused), file) from None
     except Exception as error:  # codecs raise many types on damaged data, and their text may quote the header

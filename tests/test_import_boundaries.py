@@ -49,9 +49,11 @@ ALLOWED = {
         "geometry_t3d",
         "intensity_t3d",
         "prepared_volume_t3d",
+        "reassembly_t3d",
         "tile_plan_t3d",
         "volume_transforms_t3d",
     },
+    "reassembly_t3d": {"geometry_t3d"},
     "prepared_volume_t3d": {"geometry_t3d", "intensity_t3d", "volume_transforms_t3d"},
     "image_settings_t3d": {"intensity_t3d"},
     "image_processing_t3d": {

@@ -1,0 +1,238 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Headers that promise too much, archives and closed folders: refused at once, and nothing is allocated for them."""
+
+import gzip
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from dicom_writer import multi_frame_elements, write_encoded, write_series, write_slice
+from testing_utils import shared_data
+
+from modeling_t3d.geometry_t3d import VolumeIntensityError
+from modeling_t3d.image_processing_t3d import T3DImageProcessor
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume
+
+SimpleITK = pytest.importorskip("SimpleITK")
+pydicom = pytest.importorskip("pydicom")
+SHAPE = (3, 32, 40)
+
+# Reads every path under a limit on the memory that may be allocated beyond what the libraries themselves take; a first
+# read of a small file of each kind has loaded those.
+CHILD = """
+import json, resource, sys, time
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
+
+paths, warm, allowance = json.loads(sys.argv[1])
+for path in warm:
+    read_volume(path)
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + allowance,) * 2)
+result = {}
+for path in paths:
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        read_volume(path)
+        message = "was read"
+    except VolumeReadError as error:
+        message = str(error)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    result[path] = [message, time.process_time() - start, grown * 1024]
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return np.random.default_rng(0).integers(0, 3000, SHAPE).astype(np.uint16)
+
+
+def write_promises(folder: Path, stored: np.ndarray) -> tuple[list[str], list[str]]:
+    """Files of a few kilobytes whose headers promise terabytes, and the right files that they were made from."""
+    good, bad = folder / "good", folder / "bad"
+    good.mkdir()
+    bad.mkdir()
+    nibabel.save(nibabel.Nifti1Image(stored.astype(np.int16), np.eye(4)), good / "one.nii")
+    nibabel.save(nibabel.Nifti2Image(stored.astype(np.int16), np.eye(4)), good / "two.nii")
+    for name, offset, form, sizes in (("one", 42, "<3h", [32767] * 3), ("two", 24, "<3q", [1 << 20] * 3)):
+        content = bytearray((good / f"{name}.nii").read_bytes())
+        struct.pack_into(form, content, offset, *sizes)
+        (bad / f"{name}.nii").write_bytes(content)
+        (bad / f"{name}.nii.gz").write_bytes(gzip.compress(content))
+    for suffix, old, new in (
+        ("mha", b"DimSize = 40 32 3", b"DimSize = 60000 60000 60000"),
+        ("nrrd", b"sizes: 40 32 3", b"sizes: 60000 60000 60000"),
+    ):
+        for packed in (False, True):
+            path = good / f"itk{int(packed)}.{suffix}"
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(stored), str(path), useCompression=packed)
+            content = path.read_bytes()
+            assert old in content
+            (bad / path.name).write_bytes(content.replace(old, new))
+    write_slice(good / "slice.dcm", stored[0], (0, 0, 0))
+    write_slice(bad / "slice.dcm", stored[0], (0, 0, 0), Rows=65535, Columns=65535)
+    elements = multi_frame_elements(3, [(0, 0, float(index)) for index in range(3)], [1] * 3)
+    write_slice(good / "frames.dcm", stored, (0, 0, 0), **elements)
+    for syntax in ("deflated", "jpeg_lossless", "jpeg_ls", "jpeg_2000", "rle"):
+        try:
+            write_encoded(good / "frames.dcm", good / f"{syntax}.dcm", syntax)
+        except ImportError:
+            continue
+        dataset = pydicom.dcmread(good / f"{syntax}.dcm")
+        dataset.Rows, dataset.Columns = 65535, 65535
+        dataset.save_as(bad / f"{syntax}.dcm")
+        if syntax == "jpeg_2000":  # the codestream itself promises as much: its SIZ marker
+            content = (good / f"{syntax}.dcm").read_bytes()
+            frame = struct.pack(">2I", 40, 32)
+            assert frame in content
+            (bad / "jpeg_2000_stream.dcm").write_bytes(content.replace(frame, struct.pack(">2I", 1 << 30, 1 << 30)))
+    write_slice(bad / "many_frames.dcm", stored, (0, 0, 0), **{**elements, "NumberOfFrames": 2_000_000_000})
+    return ([str(path) for path in sorted(folder.iterdir())] for folder in (bad, good))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_promises_of_terabytes_are_refused_without_allocating_them(tmp_path, stored):
+    bad, good = write_promises(tmp_path, stored)
+    assert all(os.path.getsize(path) < 20_000 for path in bad)
+    allowance = 256 << 20
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, json.dumps([bad, good, allowance])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result) == len(bad) >= 12
+    for path, (message, seconds, grown) in result.items():
+        assert message.startswith(f"{path}: "), message
+        assert seconds < 1, path
+        assert grown < 64 << 20, path
+
+
+def test_a_deflated_stream_that_never_ends_is_cut_off(tmp_path):
+    """A kilobyte per megabyte of zeros: what the header does not promise is not inflated."""
+    image = nibabel.Nifti1Image(np.zeros((4, 4, 4), dtype=np.int16), np.eye(4))
+    bomb = gzip.compress(image.to_bytes() + bytes(64 << 20))
+    (tmp_path / "bomb.nii.gz").write_bytes(bomb)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    read_volume(tmp_path / "bomb.nii.gz")
+    assert time.process_time() - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+
+
+def write_archives(folder: Path, content: bytes) -> dict[str, str]:
+    """Archives around a file, by name, and what each is called."""
+    with zipfile.ZipFile(folder / "plain.zip", "w") as archive:
+        archive.writestr("scan.nii", content)
+    encrypted = bytearray((folder / "plain.zip").read_bytes())
+    encrypted[6] |= 1  # the flag that says the entry is encrypted; the standard library cannot write one
+    (folder / "secret.zip").write_bytes(encrypted)
+    (folder / "secret.nii.gz").write_bytes(encrypted)
+    (folder / "secret").write_bytes(encrypted)
+    (folder / "seven.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(64))
+    (folder / "old.rar").write_bytes(b"Rar!\x1a\x07\x01\x00" + bytes(64))
+    (folder / "scan.nii").write_bytes(content)
+    with tarfile.open(folder / "plain.tar", "w") as archive:
+        archive.add(folder / "scan.nii", "scan.nii")
+    (folder / "scan.nii").unlink()
+    zips = {"plain.zip": "a zip", **dict.fromkeys(("secret.zip", "secret.nii.gz", "secret"), "an encrypted zip")}
+    return {**zips, "seven.7z": "a 7z", "old.rar": "a RAR", "plain.tar": "a tar"}
+
+
+def test_archives_are_named(tmp_path, stored):
+    image = nibabel.Nifti1Image(stored.astype(np.int16), np.eye(4))
+    archives = write_archives(tmp_path, image.to_bytes())
+    for name, kind in archives.items():
+        with pytest.raises(VolumeReadError) as caught:
+            read_volume(tmp_path / name)
+        assert (
+            str(caught.value) == f"{tmp_path / name}: is {kind} archive; unpack it and pass the file or folder inside"
+        )
+    with pytest.raises(VolumeReadError, match=r"no image .* an encrypted zip archive; unpack it first"):
+        read_volume(tmp_path)
+    write_series(tmp_path / "series", stored)  # an archive beside the scan is left out
+    assert read_volume(tmp_path).shape == SHAPE
+
+
+def test_closed_files_and_folders_inside_a_folder_are_refused(tmp_path, stored):
+    """A slice that cannot be opened must not become a gap in silence."""
+    write_series(tmp_path, stored)
+    write_series(tmp_path / "more", stored, origin=(-10, -20, 36))
+    closed = [tmp_path / "more", tmp_path / "002"]
+    user = os.geteuid()
+    for path in closed:
+        mode = path.stat().st_mode
+        path.chmod(0)
+        try:
+            if user == 0:
+                os.chmod(tmp_path, 0o755)
+                for parent in [tmp_path, *tmp_path.parents]:
+                    if parent.owner() == "root" and parent != Path("/") and parent != Path("/tmp"):
+                        os.chmod(parent, 0o755)
+                os.seteuid(65534)  # the superuser may read every file
+            with pytest.raises(VolumeReadError, match=r"cannot be opened \(.*Permission denied") as caught:
+                read_volume(tmp_path)
+            assert str(caught.value).startswith(f"{tmp_path}")
+        finally:
+            os.seteuid(user)
+            path.chmod(mode)
+    assert read_volume(tmp_path).shape == (6, *SHAPE[1:])
+
+
+def test_other_scanners_are_refused_where_ct_is_expected(tmp_path, stored):
+    write_series(tmp_path, stored, Modality="MR")
+    assert read_volume(tmp_path).modality == "MR"
+    settings = {"spacing": None, "global_size": (8, 8, 8), "local_size": (8, 8, 8)}
+    with pytest.raises(VolumeIntensityError) as caught:
+        T3DImageProcessor(**settings)(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: its header says MR")
+    for accepted in ({"intensity": "percentile"}, {"intensity": "zscore"}):
+        T3DImageProcessor(**settings, **accepted)(tmp_path)
+
+
+@pytest.mark.parametrize("stored_type", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_every_number_type_of_nifti(tmp_path, stored_type, order, kind):
+    dtype = np.dtype(stored_type)
+    array = np.arange(-60, 60).reshape(4, 5, 6).clip(0 if dtype.kind == "u" else -60, None).astype(dtype)
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(dtype)
+    nibabel.save(kind(array, np.eye(4), header), tmp_path / "scan.nii.gz")
+    assert nibabel.load(tmp_path / "scan.nii.gz").header.endianness == order
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(volume.array, array.astype(np.float64))
+    assert volume.array.dtype == (np.float32 if dtype.kind == "f" else np.int16)
+
+
+def test_sform_stands_before_qform_as_nibabel_has_it(tmp_path, stored):
+    """The four combinations of codes, with affines that differ."""
+    scanner, aligned = np.diag([-1.0, -1.0, 2.0, 1.0]), np.diag([1.5, 1.5, 1.5, 1.0])
+    for sform_code, qform_code in ((0, 0), (0, 1), (1, 0), (2, 1), (4, 2)):
+        image = nibabel.Nifti1Image(stored.astype(np.int16), None)
+        image.set_sform(aligned if sform_code else None, sform_code)
+        image.set_qform(scanner if qform_code else None, qform_code)
+        nibabel.save(image, tmp_path / "scan.nii")
+        affine = read_volume(tmp_path / "scan.nii").affine
+        np.testing.assert_array_equal(affine, nibabel.load(tmp_path / "scan.nii").affine)
+        if sform_code or qform_code:
+            np.testing.assert_array_equal(affine, aligned if sform_code else scanner)
+
+
+def test_tilt_is_refused_on_request():
+    for name in ("gantry_tilt_phantom/shear_uint8_slope.nii.gz",):
+        path = shared_data(name)
+        for read in (read_volume, to_volume):
+            with pytest.raises(VolumeReadError, match=r"18\.5 degrees off a right angle.*resample=True") as caught:
+                read(path, resample=False)
+            assert str(caught.value).startswith(str(path))
