@@ -213,7 +213,7 @@ class VolumeStore:
             raise StoreError(f"a key has 40 hexadecimal digits, got {key!r}; take it from key_of")
         if key not in self:
             path = self._volume_path(key)
-            publish(self._file_system, path, lambda file: write_volume(file, prepared, self.codec, self.tile))
+            publish(self._file_system, path, lambda file: write_volume(file, key, prepared, self.codec, self.tile))
 
     def remove(self, key: str) -> None:
         """Remove a volume, for instance a damaged one, so that it can be prepared again."""
@@ -283,9 +283,7 @@ class VolumeStore:
         reader = self._readers.get(key)
         if reader is None:
             try:
-                reader = VolumeReader(
-                    self._file_system, self._volume_path(key), f"volume {key} of the store {self.url}"
-                )
+                reader = VolumeReader(self._file_system, self._volume_path(key), key, self.url)
             except FileNotFoundError:
                 raise StoreError(f"{self.url}: no volume {key}; prepare its source and add it") from None
             self._readers[key] = reader

@@ -37,24 +37,31 @@ def publish(file_system: fsspec.AbstractFileSystem, path: str, write: Callable[[
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     remove_abandoned(path)
-    partial = f"{path}.{uuid.uuid4().hex}{_PARTIAL}"
-    with open(partial, "xb") as file:
-        # Held as long as this process lives: what is not locked was left by one that died.
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked_partial(path) as file:
         try:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(partial, path)
+            os.replace(file.name, path)
         except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(partial)
+            os.unlink(file.name)
             raise
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _locked_partial(path: str) -> BinaryIO:
+    """A new file beside an object, locked as long as this process lives: what is not locked was left by a dead one."""
+    while True:
+        file = open(f"{path}.{uuid.uuid4().hex}{_PARTIAL}", "xb")  # noqa: SIM115 - the caller closes it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Another writer may have taken it for abandoned before the lock.
+        if os.path.exists(file.name):
+            return file
+        file.close()
 
 
 def remove_abandoned(path: str) -> None:

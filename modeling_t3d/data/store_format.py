@@ -53,7 +53,7 @@ class VolumeHeader:
     Args:
         shape (three ints, z y x), dtype (`np.dtype`): int16 HU, or float32 in the declared unit.
         codec (`"none"` or `"zstd"`), tile (three ints, z y x): how the voxels are stored.
-        facts (`dict`): of [`PreparedVolume`]: affine, body, warnings.
+        facts (`dict`): of [`PreparedVolume`]: affine, body, warnings; and the volume's key.
         index (`np.ndarray`): offset, checksum, length and, of a tile with one value throughout, that value.
     """
 
@@ -157,12 +157,13 @@ def tile_decoder(codec: str) -> Callable[[Any], Any]:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write_volume(file: BinaryIO, prepared: PreparedVolume, codec: str, tile: Sequence[int] = TILE) -> None:
+def write_volume(file: BinaryIO, key: str, prepared: PreparedVolume, codec: str, tile: Sequence[int]) -> None:
     """
     Write one prepared volume; its `source` is left out.
 
     Args:
         file (binary file): empty and seekable: the header is written last, before everything else.
+        key (`str`): of the volume; tells it from others if objects are mixed up.
         prepared ([`PreparedVolume`]): the volume.
         codec (`"none"` or `"zstd"`): of the tiles.
         tile (three ints, z y x): their size in voxels; tiles at the far ends are cut.
@@ -171,7 +172,7 @@ def write_volume(file: BinaryIO, prepared: PreparedVolume, codec: str, tile: Seq
     index = np.zeros(math.prod(_grid(array.shape, tile)), dtype=_INDEX)
     # The source is left out: a file's name may hold a patient's.
     described = {**prepared.facts(), "source": None, "dtype": array.dtype.newbyteorder("<").str}
-    facts = json.dumps({**described, "codec": codec, "tile": tuple(tile)}).encode()
+    facts = json.dumps({**described, "key": key, "codec": codec, "tile": tuple(tile)}).encode()
     end = -(-(_PREFIX.size + len(facts) + index.nbytes) // _ALIGNMENT) * _ALIGNMENT
     encode = tile_encoder(codec, array.dtype.itemsize)
     for number, block in enumerate(_tiles(array, tile)):

@@ -21,13 +21,13 @@ class VolumeReader:
 
     Args:
         file_system (`fsspec.AbstractFileSystem`), path (`str`): where the object is.
-        name (`str`): what errors call it.
+        key, url (`str`): of the volume and of the store, for errors.
     """
 
-    def __init__(self, file_system: fsspec.AbstractFileSystem, path: str, name: str) -> None:
+    def __init__(self, file_system: fsspec.AbstractFileSystem, path: str, key: str, url: str) -> None:
         self.file_system = file_system
         self.path = path
-        self.name = name
+        self.name = f"volume {key} of the store {url}"
         self.map: mmap.mmap | None = None
         if isinstance(file_system, LocalFileSystem):
             with open(path, "rb") as file:
@@ -40,7 +40,7 @@ class VolumeReader:
         if length is not None and length > len(start):
             start = self._read(length)
         header = None if length is None else read_header(start[:length])
-        if header is None:
+        if header is None or header.facts["key"] != key:
             raise self._corruption("the header")
         self.header = header
         # Tiles of the map that were compared with their checksums.
