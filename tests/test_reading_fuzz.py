@@ -46,7 +46,6 @@ def test_many_fuzzed_files_are_read_or_refused(tmp_path, piece):
     result = fuzz(tmp_path, piece * count, count, timeout=1800)
     assert result["slowest_seconds"] < 1
     assert result["peak_bytes"] < 1 << 30
-    # Every format was both read and refused: no seed is broken or ignored. A checksum leaves packed files no chance.
-    for name, (read, refused) in result["seeds"].items():
+    for name, (read, refused) in result["seeds"].items():  # no seed is broken or ignored
+        assert read, name
         assert refused, name
-        assert read or name == "packed.nii.gz", name
