@@ -235,8 +235,13 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
     def _global_frame(self, prepared: PreparedVolume) -> tuple[list[AxisSampling], Box]:
         return global_frame(prepared, self.global_fit, self.global_size, self.spacing, self.global_crop_extent)
 
-    def global_view(self, prepared: PreparedVolume) -> torch.Tensor:
-        """The global view (channels, depth, height, width) of a prepared volume, float32."""
+    def global_key(self) -> dict[str, Any]:
+        """The settings that `global_values` depends on beside those of the preparation, for where it is kept."""
+        keys = ("global_size", "global_fit", "global_crop_extent")
+        return {"version": PREPARATION_VERSION, **{key: getattr(self, key) for key in keys}}
+
+    def global_values(self, prepared: PreparedVolume) -> torch.Tensor:
+        """The global view before windows: (depth, height, width), float32, in the volume's unit."""
         samplings, allowed = self._global_frame(prepared)
         if self.global_fit == "crop":
             _, lost = frame_loss(prepared, samplings, allowed)
@@ -245,7 +250,11 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
                     f"{prepared.source or 'a volume'}: global_fit='crop' leaves {lost} voxels of the body out of the "
                     "global view; use global_fit='body' or a larger global_crop_extent to keep them"
                 )
-        return self._channels(cut_frame(prepared, samplings, allowed), prepared)
+        return cut_frame(prepared, samplings, allowed)
+
+    def global_view(self, prepared: PreparedVolume, values: torch.Tensor | None = None) -> torch.Tensor:
+        """The global view (channels, depth, height, width) of a prepared volume, float32; `values` are those kept."""
+        return self._channels(self.global_values(prepared) if values is None else values, prepared)
 
     def geometry(self, prepared: PreparedVolume, boxes: Sequence[Box] = ()) -> ViewGeometry:
         """Where the global view, and local views in `boxes`, lie; what the global view leaves out."""

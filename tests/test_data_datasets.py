@@ -117,7 +117,7 @@ def test_a_damaged_or_foreign_entry_is_prepared_again(scans, tmp_path, caplog, d
         path.write_bytes(content[:-3] if damage == "cut" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     again = build(scans, tmp_path)
     assert np.array_equal(again.prepared(0).array, expected)
-    assert ("is damaged; it is prepared again" in caplog.text) == (damage != "remove")
+    assert ("is not what was written; it is prepared again now" in caplog.text) == (damage != "remove")
     assert path.read_bytes() == content, "the entry is whole again"
 
 
@@ -125,8 +125,8 @@ def test_one_store_may_take_the_place_of_a_cache(scans, tmp_path):
     store = VolumeStore.create("memory://data-sets", T3DImageProcessor(**SIZES))
     build(scans, store=store).prepare_all(0)
     assert len(store) == 3
-    copied = tmp_path / "keys"
-    rows = [replace(row, volume=copied / store.key_of(row.volume)) for row in rows_of(scans)]
+    gone = tmp_path / "gone"
+    rows = [replace(row, volume=gone / row.volume.name, key=store.key_of(row.volume)) for row in rows_of(scans)]
     elsewhere = PretrainingDataset(rows, T3DImageProcessor(**SIZES), store="memory://data-sets")
     expected, ours = build(scans)[1], elsewhere[1]
     assert np.array_equal(ours.prepared.array, expected.prepared.array), "without the source files"
@@ -135,6 +135,27 @@ def test_one_store_may_take_the_place_of_a_cache(scans, tmp_path):
         build(scans, store=store, spacing=(9, 9, 9))
     with pytest.raises(ValueError, match="cache_dir and store are two places"):
         build(scans, tmp_path, store=store)
+
+
+def test_a_rescaled_row_is_another_volume(scans, tmp_path):
+    rows = [replace(row, rescale=(1.0, -100.0)) for row in rows_of(scans)]
+    plain = build(scans, tmp_path).prepared(0)
+    rescaled = PretrainingDataset(rows, T3DImageProcessor(**SIZES), tmp_path).prepared(0)
+    assert len(entries(tmp_path)) == 2
+    assert np.array_equal(np.asarray(rescaled.array), np.asarray(plain.array) - 100)
+
+
+def test_kept_global_views_differ_by_rounding_alone(scans, tmp_path):
+    plain, kept = build(scans, tmp_path), build(scans, tmp_path, keep_global_views=True)
+    expected = collator_of(plain)([plain[0], plain[1]])
+    for _ in range(2):
+        batch = collator_of(kept)([kept[0], kept[1]])
+        assert (batch["pixel_values"] - expected["pixel_values"]).abs().max() <= 0.5 / 1000 + 1e-6
+        assert torch.equal(batch["local_pixel_values"], expected["local_pixel_values"])
+    kept.image_processor.global_values = None
+    assert torch.equal(collator_of(kept)([kept[0], kept[1]])["pixel_values"], batch["pixel_values"])
+    with pytest.raises(ValueError, match="keep_global_views keeps them in a store"):
+        build(scans, keep_global_views=True)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -354,7 +353,6 @@ def test_the_key_is_the_content_and_the_preparation(url, tmp_path):
     assert key == store.key_of(two), "the same content under another name"
     other = VolumeStore.create(f"{url}-other", T3DImageProcessor(spacing=(2, 2, 2)))
     assert key != other.key_of(one)
-    assert store.key_of(tmp_path / key) == key, "a manifest may name volumes by their keys"
 
 
 def test_the_content_is_not_read_again_while_the_file_stays(url, tmp_path):
@@ -381,7 +379,7 @@ def test_content_of_a_folder(tmp_path):
 def test_nothing_in_a_store_names_the_source(tmp_path):
     source = write_source(tmp_path / "Jane Doe 1970" / "accession-42.nii.gz", "content")
     store = VolumeStore.create(tmp_path / "store", PROCESSOR)
-    store.load(source, lambda path: noise())
+    store.load(store.key_of(source), noise)
     for path in (tmp_path / "store").rglob("*"):
         text = str(path.relative_to(tmp_path)).encode() + (path.read_bytes() if path.is_file() else b"")
         for secret in (b"Jane", b"Doe", b"1970", b"accession", b"nii"):
@@ -394,17 +392,37 @@ def test_nothing_in_a_store_names_the_source(tmp_path):
 def test_volumes_are_prepared_once(url, tmp_path):
     calls = []
 
-    def prepare(path: Path) -> PreparedVolume:
-        calls.append(path)
+    def prepare() -> PreparedVolume:
+        calls.append(1)
         return noise()
 
     store = VolumeStore.create(url, PROCESSOR)
-    source = write_source(tmp_path / "one", "1")
+    key = store.key_of(write_source(tmp_path / "one", "1"))
     for _ in range(2):
-        assert np.array_equal(np.asarray(store.load(source, prepare).array), noise().array)
-    copy = Path(shutil.copy(source, tmp_path / "two"))
-    assert VolumeStore(url).load(copy, prepare).source == str(copy)
-    assert calls == [source]
+        assert np.array_equal(np.asarray(store.load(key, prepare).array), noise().array)
+    VolumeStore(url).load(VolumeStore(url).key_of(write_source(tmp_path / "two", "1")), prepare)
+    assert calls == [1]
+
+
+def test_views_are_kept_beside_the_volumes(url):
+    calls = []
+
+    def make() -> PreparedVolume:
+        calls.append(1)
+        return noise((4, 5, 6))
+
+    store = VolumeStore.create(url, PROCESSOR)
+    for _ in range(2):
+        assert np.array_equal(store.keep(KEY, {"size": (4, 5, 6)}, make).array, noise((4, 5, 6)).array)
+    assert calls == [1]
+    assert list(store.keys()) == [], "a view is no volume"
+    store.keep(KEY, {"size": (8, 5, 6)}, make)
+    assert calls == [1, 1]
+    file_system, root = fsspec.core.url_to_fs(str(url))
+    for path in file_system.find(f"{root}/views"):
+        file_system.pipe_file(path, file_system.cat_file(path)[:-1])
+    assert np.array_equal(store.keep(KEY, {"size": (4, 5, 6)}, make).array, noise((4, 5, 6)).array)
+    assert calls == [1, 1, 1], "a damaged one is made again"
 
 
 def test_a_store_of_another_preparation_is_refused(url):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from tqdm import tqdm
 from ..geometry_t3d import VolumeError
 from ..prepared_volume_t3d import PreparedVolume
 from ..tile_plan_t3d import aligned_positions
+from ..volume_transforms_t3d import whole_volume_mask
+from .build_tasks import rescaled_key
 from .manifest import ManifestRow, split_sentences
 from .source_hashes import preparation_text
+from .sources import open_source
 from .store import VolumeStore
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class PretrainingSample:
         study_id, report_id (`int`): equal ones are not negatives of each other.
         view_seed (`tuple[int, ...]`): seeds the places of this sample's views.
         batch_seed (`tuple[int, ...]`): seeds what the views of a batch share; equal on all processes.
+        global_values (`torch.Tensor` of shape `(depth, height, width)`, *optional*):
+            The global view before windows, where it was kept.
     """
 
     prepared: PreparedVolume
@@ -49,6 +54,7 @@ class PretrainingSample:
     report_id: int
     view_seed: tuple[int, ...]
     batch_seed: tuple[int, ...]
+    global_values: torch.Tensor | None = None
 
 
 class PretrainingDataset(Dataset):
@@ -61,7 +67,11 @@ class PretrainingDataset(Dataset):
         cache_dir (`str` or `Path`, *optional*):
             Keeps prepared volumes in a [`VolumeStore`] of each preparation; without it they are prepared at every
             access.
-        store ([`VolumeStore`], `str` or `Path`, *optional*): in place of `cache_dir`, one store or its address.
+        store ([`VolumeStore`], `str` or `Path`, *optional*):
+            In place of `cache_dir`, one store or its address. Rows with a key need no source file.
+        keep_global_views (`bool`, defaults to `False`):
+            Keep the global views in the store as well, HU rounded to whole numbers [choice]: an item then reads
+            these and its crops, and never a whole volume.
         seed (`int`, defaults to 0): of views and sentences.
         text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
             The whole report, or one to three of its sentences in their order, others in every epoch [choice]: prompts
@@ -98,6 +108,7 @@ class PretrainingDataset(Dataset):
         cache_dir: str | Path | None = None,
         *,
         store: VolumeStore | str | Path | None = None,
+        keep_global_views: bool = False,
         seed: int = 0,
         text_sampling: Literal["report", "sentences"] = "report",
         sentences_from_epoch: int = 0,
@@ -112,6 +123,9 @@ class PretrainingDataset(Dataset):
         self.rows = list(rows)
         self.image_processor = image_processor
         self.store = _open_store(image_processor, cache_dir, store)
+        if keep_global_views and self.store is None:
+            raise ValueError("keep_global_views keeps them in a store: give the data set a cache_dir or a store")
+        self.keep_global_views = keep_global_views
         self.seed = seed
         self.text_sampling = text_sampling
         self.sentences_from_epoch = sentences_from_epoch
@@ -129,14 +143,45 @@ class PretrainingDataset(Dataset):
 
     def prepared(self, index: int) -> PreparedVolume:
         """The prepared volume of a row."""
-        source = self.rows[index].volume
+        row = self.rows[index]
         try:
-            return self.store.load(source, self._prepare) if self.store is not None else self._prepare(source)
+            if self.store is None:
+                return self._prepare(row)
+            key = self._key(row)
+            # A store of the manifest's own may be all that there is, and far: its tiles are checked as they are read.
+            is_stored = key == row.key
+            prepared = self.store.open(key) if is_stored else self.store.load(key, lambda: self._prepare(row))
         except FileNotFoundError:
-            raise FileNotFoundError(f"{source}: the volume of row {self.rows[index].number} has vanished") from None
+            raise FileNotFoundError(f"{row.volume}: the volume of row {row.number} has vanished") from None
+        # The same content may have been prepared under another name.
+        prepared.source = str(row.volume)
+        return prepared
 
-    def _prepare(self, source: Path) -> PreparedVolume:
-        return self.image_processor.prepare(source)
+    def _key(self, row: ManifestRow) -> str:
+        """Key of a row's volume; one that the manifest names counts where the store has it."""
+        store = cast(VolumeStore, self.store)
+        if row.key is not None and row.key in store:
+            return row.key
+        return rescaled_key(store.key_of(row.volume), row.rescale)
+
+    def _prepare(self, row: ManifestRow) -> PreparedVolume:
+        return self.image_processor.prepare(open_source(row.volume, row.rescale))
+
+    def _global_values(self, index: int, prepared: PreparedVolume) -> torch.Tensor | None:
+        """The kept global view of a row, before windows."""
+        if self.store is None or not self.keep_global_views:
+            return None
+        processor = self.image_processor
+
+        def make() -> PreparedVolume:
+            values = processor.global_values(prepared).numpy()
+            if prepared.array.dtype == np.int16:
+                values = np.rint(values).astype(np.int16)
+            affine = processor.geometry(prepared).global_affine
+            return PreparedVolume(values, affine, whole_volume_mask(values.shape))
+
+        kept = self.store.keep(self._key(self.rows[index]), processor.global_key(), make)
+        return torch.from_numpy(np.asarray(kept.array, dtype=np.float32))
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> PretrainingSample:
         """A sample by index, or by (epoch, position of the batch in the epoch, index) as the trainer asks for it."""
@@ -145,13 +190,15 @@ class PretrainingDataset(Dataset):
         text = row.report
         if self.text_sampling == "sentences" and epoch >= self.sentences_from_epoch:
             text = sample_sentences(text, (self.seed, epoch, stable_id(text)))
+        prepared = self.prepared(index)
         return PretrainingSample(
-            prepared=self.prepared(index),
+            prepared=prepared,
             text=text,
             study_id=stable_id(row.study_id),
             report_id=stable_id(text),
             view_seed=(self.seed, _VIEWS, epoch, index),
             batch_seed=(self.seed, _ALIGNED, epoch, batch),
+            global_values=self._global_values(index, prepared),
         )
 
     def prepare_all(self, num_workers: int = 1, *, rank: int = 0, num_processes: int = 1) -> Counter[str]:
@@ -264,7 +311,9 @@ class PretrainingCollator:
                 return_tensors="pt",
             )
         )
-        batch["pixel_values"] = torch.stack([self.image_processor.global_view(sample.prepared) for sample in samples])
+        batch["pixel_values"] = torch.stack(
+            [self.image_processor.global_view(sample.prepared, sample.global_values) for sample in samples]
+        )
         if self.num_local_views:
             batch.update(self._local_views(samples))
         batch["study_ids"] = torch.tensor([sample.study_id for sample in samples])

@@ -3,6 +3,7 @@
 """A store of prepared volumes, on a disk or in object storage: found by content, written whole or not at all, and read
 by the tile. The bytes of one volume are `store_format`'s."""
 
+import hashlib
 import json
 import logging
 import os
@@ -162,14 +163,13 @@ class VolumeStore:
         return self._path("volumes", key[:2], f"{key}.t3d")
 
     def key_of(self, source: str | Path) -> str:
-        """Key of a source: hash of its content and of the preparation. A key is its own.
+        """
+        Key of a source: hash of its content and of the preparation.
 
         The hash of the content is kept in the store under the hash of the path, until sizes or times of the files
         change: a second run reads no volume to find its key.
         """
         source = Path(source)
-        if is_key(source.name) and not source.exists():
-            return source.name
         path, stamp = self._path("sources", f"{path_hash(source)}.json"), source_stamp(source)
         try:
             known = json.loads(self._file_system.cat_file(path))
@@ -221,28 +221,45 @@ class VolumeStore:
         with suppress(FileNotFoundError):
             self._file_system.rm_file(self._volume_path(key))
 
-    def load(self, source: str | Path, prepare: Callable[[Path], PreparedVolume]) -> PreparedVolume:
+    def load(self, key: str, prepare: Callable[[], PreparedVolume]) -> PreparedVolume:
         """
-        The prepared volume of a source: the stored one, whole as it must be, or prepared and stored now.
+        The prepared volume of a key: the stored one, all of it intact, or prepared and stored now.
 
         Args:
-            source (`str` or `Path`): file or DICOM folder.
-            prepare (callable): makes a [`PreparedVolume`] of it.
+            key (`str`): what `key_of` gave for the source.
+            prepare (callable): makes the [`PreparedVolume`].
         """
-        source = Path(source)
-        key = self.key_of(source)
         if key not in self._readers and key in self:
             try:
                 self.verify(key)
-            except StoreCorruptionError:
-                logger.warning("%s: the stored copy %s is damaged; it is prepared again", source, key)
+            except StoreCorruptionError as error:
+                logger.warning("%s; it is prepared again now", str(error).partition(";")[0])
                 self.remove(key)
         if key not in self:
-            self.add(key, prepare(source))
-        prepared = self.open(key)
-        # The same content may have been prepared under another name.
-        prepared.source = str(source)
-        return prepared
+            self.add(key, prepare())
+        return self.open(key)
+
+    def keep(self, key: str, kind: dict[str, Any], make: Callable[[], PreparedVolume]) -> PreparedVolume:
+        """
+        What is small and made of a volume again and again, such as its global view: read, or made and stored now.
+
+        Args:
+            key (`str`): of the volume.
+            kind (`dict`): the settings that it depends on.
+            make (callable): makes it, in the form of a [`PreparedVolume`].
+        """
+        folder = hashlib.sha256(preparation_text(kind).encode()).hexdigest()[:12]
+        path = self._path("views", folder, key[:2], f"{key}.t3d")
+        try:
+            reader = VolumeReader(self._file_system, path, key, self.url)
+            return reader.header.volume(reader.crop((0, 0, 0), reader.header.shape))
+        except FileNotFoundError:
+            logger.debug("volume %s has no view %s yet", key, folder)
+        except StoreCorruptionError as error:
+            logger.warning("%s; its view is made again now", str(error).partition(";")[0])
+        made = make()
+        publish(self._file_system, path, lambda file: write_volume(file, key, made, self.codec, self.tile))
+        return made
 
     # ------------------------------------------------------------------------------------------ reading
 
