@@ -5,15 +5,16 @@
 Where views lie is worked out in `tile_plan_t3d`, what a model says about them is blended in `reassembly_t3d`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from .geometry_t3d import Box
+from .geometry_t3d import Box, Grid, Volume, VolumeGeometryError
 from .intensity_t3d import apply_windows
-from .prepared_volume_t3d import PreparedVolume
+from .prepared_volume_t3d import PreparedVolume, ViewGeometry
+from .reassembly_t3d import Reassembled, reassemble
 from .tile_plan_t3d import (
     aligned_plan,
     aligned_positions,
@@ -162,6 +163,73 @@ class LocalViewsMixin:
             mean, deviation = (torch.as_tensor(x, dtype=torch.float32) for x in (self.image_mean, self.image_std))
             channels.sub_(mean.reshape(-1, 1, 1, 1)).div_(deviation.reshape(-1, 1, 1, 1))
         return channels
+
+    def reassemble(
+        self,
+        outputs: Iterable[Any],
+        geometry: PreparedVolume | ViewGeometry,
+        mode: Literal["logits", "labels", "features"] = "logits",
+        target: str | Grid | Volume | None = "input",
+        *,
+        boxes: Sequence[Box] | None = None,
+        background: float = 0,
+    ) -> Reassembled:
+        """What a model says about each tile, as one array on the scan's own grid.
+
+        Tiles are blended with Gaussian weights, one at a time: of 117 classes of a 512 x 512 x 600 scan, only the
+        logits of the slices that later tiles still change are in memory (about one tile's depth).
+
+        Args:
+            outputs (iterable of tensors or arrays): one per tile, in the order of the plan: `(classes, d, h, w)` for
+                `mode="logits"`, integers `(d, h, w)` for `"labels"`, `(channels, d, h, w)` for `"features"`; of any
+                stride: `d` may be a fraction of the tile's depth. A generator is read one tile at a time.
+            geometry ([`PreparedVolume`] or [`ViewGeometry`]): of the volume that the tiles were cut from.
+            mode: logits are blended, interpolated and arg-max'd; of labels that of the tile in which a voxel lies most
+                centrally is taken, and the nearest where grids differ; features are blended and interpolated.
+            target: `"input"`, the axis order, spacing and shape of the file or array as it came; `"processed"`, the
+                model grid; `"outputs"`, the model grid in voxels of the outputs' stride; or any `Grid` or `Volume`.
+            boxes (`Sequence[Box]`): of the tiles, if they are not those of `views="grid"` (or of the `ViewGeometry`).
+            background (`float`): where no tile was (air that the grid leaves out), and beyond the volume.
+
+        Returns:
+            [`Reassembled`]: array and affine; `Volume(*reassembled)` for what `write_nifti` takes. Exact where the
+            target's voxels are the outputs', else within half a voxel of where they should be.
+
+        Example:
+
+        ```python
+        >>> import numpy as np
+        >>> from modeling_t3d import T3DImageProcessor, Volume
+
+        >>> scan = np.full((40, 40, 60), -1000, dtype=np.int16)  # (x, y, z) with its affine, as nibabel gives them
+        >>> scan[8:32, 8:32] = 40
+        >>> processor = T3DImageProcessor(spacing=(2, 2, 2), local_size=(32, 32, 32), grid_overlap=0.5)
+        >>> prepared = processor.prepare(scan, np.diag([-3.0, 3.0, 3.0, 1.0]))
+        >>> def model(pixel_values):  # two classes: air and tissue
+        ...     return torch.cat([-pixel_values - 0.5, pixel_values + 0.5], dim=1)
+        >>> tiles = processor.iterate_views(prepared, "grid", batch_size=4)
+        >>> logits = (tile for views in tiles for tile in model(views.pixel_values))
+        >>> segmentation = Volume(*processor.reassemble(logits, prepared))
+        >>> segmentation.shape, bool(((segmentation.array == 1) == (scan > -500)).all())
+        ((40, 40, 60), True)
+
+        ```
+        """
+        if boxes is None:
+            boxes = self.plan_views(geometry) if isinstance(geometry, PreparedVolume) else geometry.local_boxes
+        shape = geometry.array.shape if isinstance(geometry, PreparedVolume) else geometry.shape
+        processed = Grid(shape, geometry.affine)
+        if isinstance(target, str):
+            grids = {"input": geometry.input_grid, "processed": processed, "outputs": None}
+            if target not in grids:
+                raise ValueError(f'target must be "input", "processed", "outputs" or a Grid, got {target!r}')
+            if target == "input" and geometry.input_grid is None:
+                raise VolumeGeometryError(
+                    f"{geometry.source or 'the volume'} was prepared by a version that did not keep the input's own "
+                    "grid; prepare it again, or pass the scan as target="
+                )
+            target = grids[target]
+        return reassemble(outputs, boxes, processed, target, mode=mode, background=background)
 
     def stack_views(self, local_views: Sequence[LocalViews]) -> dict[str, torch.Tensor]:
         """One batch from volumes with different numbers of views; what is added is zero and masked out.
