@@ -18,11 +18,10 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_writer import multi_frame_elements, write_encoded, write_series, write_slice
-from testing_utils import shared_data
 
 from modeling_t3d.geometry_t3d import VolumeIntensityError
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
-from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
 
 SimpleITK = pytest.importorskip("SimpleITK")
 pydicom = pytest.importorskip("pydicom")
@@ -227,12 +226,3 @@ def test_sform_stands_before_qform_as_nibabel_has_it(tmp_path, stored):
         np.testing.assert_array_equal(affine, nibabel.load(tmp_path / "scan.nii").affine)
         if sform_code or qform_code:
             np.testing.assert_array_equal(affine, aligned if sform_code else scanner)
-
-
-def test_tilt_is_refused_on_request():
-    for name in ("gantry_tilt_phantom/shear_uint8_slope.nii.gz",):
-        path = shared_data(name)
-        for read in (read_volume, to_volume):
-            with pytest.raises(VolumeReadError, match=r"18\.5 degrees off a right angle.*resample=True") as caught:
-                read(path, resample=False)
-            assert str(caught.value).startswith(str(path))

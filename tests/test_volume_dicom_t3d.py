@@ -272,64 +272,12 @@ def test_files_are_named_by_number_not_by_name(tmp_path, stored):
     assert f"{tmp_path} (file 5 of 5 in name order): the pixel data is truncated" in refused(tmp_path)
 
 
-def test_sample_compressed_series_agrees_with_its_labels():
-    volume = read_volume(shared_data("totalsegmentator_dicom_j2k/series"))
-    assert (volume.shape, volume.spacing) == ((20, 512, 512), (2.0, 0.9765625, 0.9765625))
-    assert (volume.array.min(), volume.array.max()) == (-1024, 1839)
-    labels = read_volume(shared_data("totalsegmentator_dicom_j2k/labels_117.nii.gz")).to_canonical()
-    canonical = volume.to_canonical()
-    np.testing.assert_allclose(canonical.affine, labels.affine, atol=1e-3)
-    assert canonical.array[labels.array == 5].mean() == pytest.approx(89, abs=1)  # liver
-    assert canonical.array[labels.array == 52].mean() == pytest.approx(177, abs=1)  # aorta
-
-
-def test_sample_transfer_syntaxes_are_one_image():
-    files = sorted(shared_data("transfer_syntaxes").iterdir())
-    volumes = [read_volume(file) for file in files]
-    assert len(volumes) == 6
-    for volume in volumes:
-        np.testing.assert_array_equal(volume.array, volumes[0].array)
-        assert (volume.array.min(), volume.array.max()) == (-3024, 1378)
-    assert "two or more slices lie at 4.70 mm" in refused(shared_data("transfer_syntaxes"))
-
-
 @pytest.mark.parametrize("name", ["jpeg2000_lossless", "jpegls_lossless", "jpeg_lossless_sv1", "rle", "explicit_le"])
 def test_truncated_pixel_data_is_refused(tmp_path, name):
     content = shared_data(f"transfer_syntaxes/{name}.dcm").read_bytes()
     for share in (0.1, 0.5, 0.9, 0.999):
         (tmp_path / "cut.dcm").write_bytes(content[: int(len(content) * share)])
         assert "truncated" in refused(tmp_path / "cut.dcm")
-
-
-def test_sample_multi_frame_agrees_with_its_slices():
-    slices = read_volume(shared_data("dcmqi_ct_seg/tiny_23x38x3/image"))
-    frames = read_volume(shared_data("dcmqi_ct_seg/tiny_23x38x3/multiframe/mf.dcm"))
-    np.testing.assert_array_equal(slices.array, frames.array)
-    np.testing.assert_allclose(slices.affine, frames.affine)
-    label = read_volume(shared_data("dcmqi_ct_seg/tiny_23x38x3/label.nrrd"))
-    np.testing.assert_allclose(label.to_canonical().affine, slices.to_canonical().affine, atol=1e-4)
-
-
-def test_sample_gantry_tilt_and_missing_slice(tmp_path):
-    for file in shared_data("gantry_tilt_phantom").glob("I2*"):
-        shutil.copy(file, tmp_path)
-    volume = read_volume(tmp_path)
-    assert volume.shape == (5, 519, 512)
-    assert volume.spacing == pytest.approx((2.5 * np.cos(TILT), 0.482421875, 0.482421875), abs=1e-3)
-    assert (volume.array.min(), volume.array.max()) == (-1024, 777)
-    message = refused(shared_data("missing_slice_dicom"))
-    assert "28.11 to 38.11 mm is 10.00 mm where 5.00 mm is usual" in message
-
-
-@pytest.mark.parametrize("name", ["no_meta", "meta_missing_tsyntax", "MR_truncated", "badVR"])
-def test_sample_broken_files(name):
-    refused(shared_data(f"broken/{name}.dcm"))
-
-
-def test_sample_broken_folder_and_valid_slice():
-    assert read_volume(shared_data("broken/CT_small.dcm")).array.max() == 1167
-    assert "without the file preamble" in refused(shared_data("broken"))
-    assert "no image with a position" in refused(shared_data("dcmqi_ct_seg/liver.dcm"))
 
 
 def test_agrees_with_simple_itk(tmp_path, stored):

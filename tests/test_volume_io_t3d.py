@@ -6,7 +6,6 @@ import doctest
 import gzip
 import itertools
 import os
-import shutil
 import struct
 import sys
 
@@ -14,7 +13,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from testing_utils import shared_data
 
 from modeling_t3d import volume_arithmetic_t3d, volume_io_t3d
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
@@ -391,47 +389,6 @@ def test_write_nifti_refuses_what_it_cannot_do(tmp_path, scan):
     with pytest.raises(VolumeError, match="up to 32767"):
         write_nifti(Volume(np.zeros((40000, 1, 1), dtype=np.int16), np.eye(4)), tmp_path / "long.nii")
     assert os.listdir(tmp_path) == []
-
-
-def test_sample_orientations_are_one_volume():
-    volumes = [read_volume(path).to_canonical() for path in sorted(shared_data("orientations").glob("*.nii.gz"))]
-    assert len(volumes) == 8
-    for volume in volumes[1:]:
-        assert torch.equal(torch.from_numpy(volume.array), torch.from_numpy(volumes[0].array))
-        assert volume.spacing == volumes[0].spacing
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "spacing", "codes", "values"),
-    [
-        ("totalsegmentator_abdomen/ct.nii.gz", (122, 101, 112), (3, 3, 3), "RAS", (-1207, 3382)),
-        ("lidc_idri_0314_chest/ct_4mm.nii.gz", (512, 512, 69), (0.78125, 0.78125, 4), "LPS", (-1000, 1927)),
-        ("metaimage/lidc_idri_0003_slab.mha", (11, 512, 512), (2.5, 0.8203125, 0.8203125), "SPL", (-2048, 1978)),
-        ("dcmqi_ct_seg/liver_spine_gapped_seg.nrrd", (3, 512, 512), (1, 0.810546875, 0.810546875), "SPL", (0, 5)),
-    ],
-)
-def test_sample_files(name, shape, spacing, codes, values):
-    volume = read_volume(shared_data(name))
-    assert volume.array.dtype == np.int16
-    assert (volume.shape, volume.spacing, volume.axis_codes) == (shape, spacing, codes)
-    assert (volume.array.min(), volume.array.max()) == values
-
-
-def test_sample_sheared_nifti():
-    volume = read_volume(shared_data("gantry_tilt_phantom/shear_uint8_slope.nii.gz"))
-    assert not volume.is_sheared
-    assert "18.5 degrees" in volume.warnings[0]
-    assert (volume.array.min(), round(float(volume.array.max()))) == (-1024, 789)
-    assert volume.spacing[2] == pytest.approx(2.371 * np.cos(np.deg2rad(18.5)), abs=2e-3)
-
-
-def test_sample_four_dimensional_and_truncated_files(tmp_path):
-    with pytest.raises(VolumeReadError, match="time_index"):
-        read_volume(shared_data("nifti_variants/example4d.nii.gz"))
-    assert read_volume(shared_data("nifti_variants/example_nifti2.nii.gz"), time_index=1).shape == (32, 20, 12)
-    shutil.copy(shared_data("broken/ct_small_truncated.nii.gz"), tmp_path)
-    with pytest.raises(VolumeReadError, match="truncated"):
-        read_volume(tmp_path / "ct_small_truncated.nii.gz")
 
 
 def test_examples_in_the_docstrings():
