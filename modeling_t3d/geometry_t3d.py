@@ -271,11 +271,12 @@ class Volume:
         """Whether the array axes are not at right angles (gantry tilt)."""
         return shear(self.affine) > SHEAR_TOLERANCE
 
-    def to_canonical(self) -> "Volume":
+    def to_canonical(self, contiguous: bool = True) -> "Volume":
         """The same voxels in (z, y, x) order growing towards superior, anterior and right.
 
         Axes are permuted and flipped as exact index operations; an oblique volume goes to the nearest axes and keeps
         its rotation in the affine. Raises `VolumeGeometryError` when sheared or exactly between two orientations.
+        With `contiguous=False` the voxels stay where they are and the array is a view of them.
         """
         if self.is_sheared:
             raise VolumeGeometryError(
@@ -284,7 +285,8 @@ class Volume:
         worlds, signs = orientation(self.affine)
         order = [worlds.index(world) for world in (2, 1, 0)]
         flipped = tuple(new for new, axis in enumerate(order) if signs[axis] < 0)
-        array = np.ascontiguousarray(np.flip(self.array.transpose(order), flipped))
+        array = np.flip(self.array.transpose(order), flipped)
+        array = np.ascontiguousarray(array) if contiguous else array
         affine = self.affine.copy()
         affine[:3, :3] = self.affine[:3, order]
         for axis in flipped:

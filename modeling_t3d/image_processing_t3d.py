@@ -18,16 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
 
-from .geometry_t3d import (
-    SHEAR_TOLERANCE,
-    Box,
-    Volume,
-    VolumeGeometryError,
-    VolumeIntensityError,
-    axis_directions,
-    crop_affine,
-    spacing_from_affine,
-)
+from .geometry_t3d import Box, Volume, VolumeGeometryError, VolumeReadError, crop_affine
 from .image_settings_t3d import (
     CALL_ARGUMENTS,
     LOADER_ARGUMENTS,
@@ -36,29 +27,13 @@ from .image_settings_t3d import (
     refuse_unknown,
     standardise,
 )
-from .intensity_t3d import (
-    AIR,
-    GAS_BELOW,
-    check_declared_range,
-    check_finite,
-    check_hounsfield,
-    check_modality,
-    padding_values,
-    value_range,
-)
 from .local_views_t3d import LocalViews, LocalViewsMixin, Views
+from .nifti_stream_t3d import NiftiFile
+from .preparation_t3d import Preparation
 from .prepared_volume_t3d import PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
+from .resample_t3d import AxisSampling, sampled_affine
 from .tile_plan_t3d import aligned_positions
-from .volume_io_t3d import to_volume
-from .volume_transforms_t3d import (
-    AxisSampling,
-    deoblique,
-    find_body,
-    resample,
-    sampled_affine,
-    spacing_sampling,
-    whole_volume_mask,
-)
+from .volume_io_t3d import open_volume, to_volume
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +62,8 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
             view of its pair under `"overlapping"`.
         view_jitter (`float`, defaults to 0.05): largest move per axis under `"aligned"`, body box = [-1, 1].
         grid_overlap (`float`, defaults to 0): least share of a tile's length in common with the next tile.
+        antialias (`bool`, defaults to `True`): average over the new voxel when downsampling; `False` is the plain
+            trilinear interpolation of most other pipelines.
         deoblique (`bool`, defaults to `False`): resample rotated scans to the world axes; else they keep their own.
         do_rescale, rescale_factor, do_normalize, image_mean, image_std: `do_rescale=False` leaves values unscaled;
             the factor (1) multiplies the scaled values; the mean and deviation are then taken per channel.
@@ -123,6 +100,7 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
     view_overlap = 0.25
     view_jitter = 0.05
     grid_overlap = 0.0
+    antialias = True
     deoblique = False
     do_rescale = True
     rescale_factor = 1.0
@@ -152,8 +130,12 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
 
     def preparation_key(self) -> dict[str, Any]:
         """The settings that `prepare` depends on, for the key of a cache of prepared volumes."""
-        keys = ("spacing", "intensity", "check_intensity", "deoblique")
-        return {"version": PREPARATION_VERSION, **{key: getattr(self, key) for key in keys}}
+        return self._key("spacing", "intensity", "check_intensity", "deoblique")
+
+    def _key(self, *settings: str) -> dict[str, Any]:
+        facts = {"version": PREPARATION_VERSION, **{key: getattr(self, key) for key in settings}}
+        # Named only where it is off: it came later, and volumes that were prepared before had it.
+        return facts if self.antialias else {**facts, "antialias": False}
 
     def describe(self) -> str:
         """The whole volume contract in plain words."""
@@ -183,52 +165,9 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         """
         if isinstance(image, PreparedVolume):
             return image
-        volume = _canonical_volume(image, affine, volume_spacing, volume_axes, name)
-        name = volume.source or name
-        array = volume.array
-        if self.intensity == "hu" and self.check_intensity:
-            check_modality(volume.modality, name)
-        check_finite(array, name)
-        if self.intensity == "hu":
-            padding = check_hounsfield(array, name) if self.check_intensity else padding_values(array)
-            if padding:
-                # Each padding value is the minimum of what the ones before it left over.
-                array = np.where(array <= padding[-1], np.asarray(AIR, dtype=array.dtype), array)
-            limits, outside = None, AIR
-        else:
-            check_declared_range(array, self.intensity, name)
-            limits = value_range(array, self.intensity)
-            outside = float(array.min()) if self.intensity == "zscore" else limits[0]
-        array, affine = self._to_model_grid(array, volume, outside)
-        if limits is None:  # HU
-            body = find_body(array, spacing_from_affine(affine), GAS_BELOW)
-            if body is None:
-                raise VolumeIntensityError(f"{name}: no body found, nothing exceeds {GAS_BELOW:.0f} HU over 6 mm")
-            array = np.clip(np.rint(array), -32768, 32767).astype(np.int16) if array.dtype != np.int16 else array
-        else:
-            threshold = limits[0] + 0.1 * (limits[1] - limits[0])
-            if self.intensity == "zscore":
-                threshold = 0.9 * float(array.min()) + 0.1 * limits[1]
-            body = find_body(array, spacing_from_affine(affine), threshold) or whole_volume_mask(array.shape)
-        return PreparedVolume(array, affine, body, limits, outside, volume.source, volume.warnings, volume.input_grid)
-
-    def _to_model_grid(self, array: np.ndarray, volume: Volume, outside: float) -> tuple[np.ndarray, np.ndarray]:
-        """Voxels (float32, or the input's int16 where no resampling is needed) and affine on the model grid."""
-        spacing = self.spacing or volume.spacing
-        samplings = [spacing_sampling(*axis) for axis in zip(array.shape, volume.spacing, spacing, strict=True)]
-        affine = sampled_affine(volume.affine, samplings)
-        # Columns in (x, y, z) order: those of an upright grid are the unit matrix.
-        tilted = np.abs(axis_directions(volume.affine)[:, ::-1] - np.eye(3)).max() > SHEAR_TOLERANCE
-        identity = all(sampling.is_identity for sampling in samplings)
-        if identity and not (self.deoblique and tilted):
-            wanted = np.int16 if array.dtype == np.int16 and self.intensity == "hu" else np.float32
-            return np.array(array, dtype=wanted, order="C"), affine
-        values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-        if not identity:
-            values = resample(values, samplings)
-        if self.deoblique and tilted:
-            values, affine = deoblique(values, affine, spacing, outside)
-        return values.numpy(), affine
+        opened = _open_volume(image, affine, volume_spacing, volume_axes, name)
+        settings = Preparation(self.spacing, self.intensity, self.check_intensity, self.deoblique, self.antialias)
+        return settings(opened, opened.source or name)
 
     # ------------------------------------------------------------------------------------------ views
 
@@ -237,11 +176,13 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
 
     def global_key(self) -> dict[str, Any]:
         """The settings that `global_values` depends on beside those of the preparation, for where it is kept."""
-        keys = ("global_size", "global_fit", "global_crop_extent")
-        return {"version": PREPARATION_VERSION, **{key: getattr(self, key) for key in keys}}
+        return self._key("global_size", "global_fit", "global_crop_extent")
 
     def global_values(self, prepared: PreparedVolume) -> torch.Tensor:
         """The global view before windows: (depth, height, width), float32, in the volume's unit."""
+        return self._cut_global(prepared, lambda values: values[None])[0]
+
+    def _cut_global(self, prepared: PreparedVolume, scale: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         samplings, allowed = self._global_frame(prepared)
         if self.global_fit == "crop":
             _, lost = frame_loss(prepared, samplings, allowed)
@@ -250,11 +191,13 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
                     f"{prepared.source or 'a volume'}: global_fit='crop' leaves {lost} voxels of the body out of the "
                     "global view; use global_fit='body' or a larger global_crop_extent to keep them"
                 )
-        return cut_frame(prepared, samplings, allowed)
+        return cut_frame(prepared, samplings, allowed, scale, self.antialias)
 
     def global_view(self, prepared: PreparedVolume, values: torch.Tensor | None = None) -> torch.Tensor:
         """The global view (channels, depth, height, width) of a prepared volume, float32; `values` are those kept."""
-        return self._channels(self.global_values(prepared) if values is None else values, prepared)
+        if values is None:
+            return self._cut_global(prepared, lambda values: self._channels(values, prepared))
+        return self._channels(values, prepared)
 
     def geometry(self, prepared: PreparedVolume, boxes: Sequence[Box] = ()) -> ViewGeometry:
         """Where the global view, and local views in `boxes`, lie; what the global view leaves out."""
@@ -347,7 +290,9 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
                 generator = np.random.default_rng((seed, index))
                 local_views.append(self.make_views(prepared, places[index], generator, shared))
             geometry.append(self.geometry(prepared, local_views[-1].boxes if views is not None else ()))
-        data: dict[str, Any] = {"pixel_values": torch.stack(pixel_values)}
+        data: dict[str, Any] = {
+            "pixel_values": torch.stack(pixel_values) if len(pixel_values) > 1 else pixel_values[0][None]
+        }
         if views is not None:
             data.update(self.stack_views(local_views))
         if getattr(self, "device", None) is not None:
@@ -359,24 +304,26 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         return BatchFeature(data=data)
 
 
-def _canonical_volume(
+def _open_volume(
     image: Any,
     affine: np.ndarray | None,
     spacing: Sequence[float] | None,
     axes: str | None,
     name: str,
-) -> Volume:
-    """Reads or wraps one image and orders its axes; an error about an array says which one of the call it was."""
+) -> Volume | NiftiFile:
+    """Opens or wraps one image; an error about an array says which one of the call it was."""
     is_bare = isinstance(image, np.ndarray | torch.Tensor) and getattr(image, "affine", None) is None
     if is_bare and affine is None and (spacing is None or axes is None):
         raise VolumeGeometryError(
             f"{name}: an array needs its geometry; pass affine= (4x4, array indices to RAS+ world mm), or "
             'volume_spacing= and volume_axes=, e.g. volume_spacing=(2.0, 0.7, 0.7), volume_axes="SAR" for (z, y, x)'
         )
-    if isinstance(image, str | os.PathLike):
-        return to_volume(image, affine=affine, spacing=spacing, axes=axes).to_canonical()
+    if isinstance(image, str | os.PathLike) and affine is None and spacing is None and axes is None:
+        return open_volume(image)
     try:
-        return to_volume(image, affine=affine, spacing=spacing, axes=axes).to_canonical()
+        return to_volume(image, affine=affine, spacing=spacing, axes=axes)
+    except VolumeReadError:
+        raise
     except VolumeGeometryError as error:
         raise VolumeGeometryError(f"{name}: {error}") from None
 

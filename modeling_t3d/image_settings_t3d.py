@@ -33,6 +33,7 @@ class T3DImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
     view_overlap: float | int | None
     view_jitter: float | int | None
     grid_overlap: float | int | None
+    antialias: bool | None
     deoblique: bool | None
     affine: Any
     volume_spacing: Any
@@ -68,6 +69,19 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str) -> Non
             raise TypeError(f"T3DImageProcessor has no {kind} {key!r}{hint}")
 
 
+def check_views(views: Any) -> None:
+    """Raises for what says nothing about local views: neither their number, the grid, points nor boxes."""
+    if isinstance(views, int | str):
+        known = views == "grid" if isinstance(views, str) else views >= 1
+    else:
+        known = views is None or (isinstance(views, Sized) and len(views) > 0)
+    if not known:
+        raise ValueError(
+            'views must be None, a positive number of random views, "grid", or points (x, y, z) in RAS mm, '
+            f"got {views!r}"
+        )
+
+
 def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Lists become tuples; every field is checked, here and nowhere else."""
     for key, replacement in REPLACED_ARGUMENTS.items():
@@ -93,16 +107,7 @@ def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
             kwargs[key] = tuple(kwargs[key])
     if kwargs.get("do_normalize") and (kwargs.get("image_mean") is None or kwargs.get("image_std") is None):
         raise ValueError("do_normalize=True needs image_mean and image_std")
-    views = kwargs.get("views")
-    if isinstance(views, int | str):
-        known = views == "grid" if isinstance(views, str) else views >= 1
-    else:
-        known = views is None or (isinstance(views, Sized) and len(views) > 0)
-    if not known:
-        raise ValueError(
-            'views must be None, a positive number of random views, "grid", or points (x, y, z) in RAS mm, '
-            f"got {views!r}"
-        )
+    check_views(kwargs.get("views"))
     return kwargs
 
 
@@ -180,6 +185,7 @@ __all__ = [
     "CALL_ARGUMENTS",
     "LOADER_ARGUMENTS",
     "T3DImageProcessorKwargs",
+    "check_views",
     "describe",
     "refuse_unknown",
     "standardise",

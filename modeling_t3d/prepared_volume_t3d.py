@@ -11,7 +11,7 @@ import math
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 
 from .geometry_t3d import Box, Grid, VolumeGeometryError, spacing_from_affine
 from .intensity_t3d import AIR
-from .volume_transforms_t3d import AxisSampling, BodyMask, crop, resample
+from .resample_t3d import AxisSampling, resample_array
+from .volume_transforms_t3d import BodyMask
 
 
 @dataclass(eq=False)
@@ -203,11 +204,27 @@ def global_frame(
     return samplings, allowed
 
 
-def cut_frame(prepared: PreparedVolume, samplings: Sequence[AxisSampling], allowed: Box) -> torch.Tensor:
+def cut_frame(
+    prepared: PreparedVolume,
+    samplings: Sequence[AxisSampling],
+    allowed: Box,
+    scale: Callable[[torch.Tensor], torch.Tensor],
+    antialias: bool = True,
+) -> torch.Tensor:
     """Samples a volume on a frame; samples centred outside the allowed voxels are the volume's outside value.
 
+    Cropping, resampling and the windows are one pass: beside the result only a few planes are held.
+
+    Args:
+        prepared (`PreparedVolume`): the volume.
+        samplings (three `AxisSampling`, z y x): of the frame, in voxels of the volume.
+        allowed (`Box`): voxels that may be used.
+        scale (`Callable`): values (depth, height, width) in the volume's unit to channels (channels, depth, height,
+            width), voxel by voxel.
+        antialias (`bool`, defaults to `True`): average over the frame's voxels where they are larger.
+
     Returns:
-        `torch.Tensor` of the samplings' counts, float32, in the volume's unit.
+        `torch.Tensor` of shape `(channels, depth, height, width)`, float32.
     """
     inner, where, start, stop = [], [], [], []
     for axis, sampling in enumerate(samplings):
@@ -223,12 +240,17 @@ def cut_frame(prepared: PreparedVolume, samplings: Sequence[AxisSampling], allow
         start.append(min(max(allowed.start[axis], math.floor(positions[first] - reach)), allowed.stop[axis] - 1))
         stop.append(max(min(allowed.stop[axis], math.ceil(positions[last] + reach) + 1), start[-1] + 1))
         inner.append(AxisSampling(float(positions[first]) - start[axis], sampling.step, len(used)))
-    values = resample(crop(prepared.array, Box(tuple(start), tuple(stop)), prepared.outside), inner)
-    size = tuple(sampling.count for sampling in samplings)
-    if values.shape == size:
-        return values
-    frame = torch.full(size, float(prepared.outside))
-    frame[tuple(where)] = values
+    voxels = prepared.array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
+    beyond = scale(torch.full((1, 1, 1), float(prepared.outside)))
+    frame = torch.empty(beyond.shape[0], *(sampling.count for sampling in samplings))
+    if any(sampling.count != part.count for sampling, part in zip(samplings, inner, strict=True)):
+        frame[:] = beyond
+    inside = frame[:, where[0], where[1], where[2]]
+
+    def deliver(z: int, plane: torch.Tensor) -> None:
+        inside[:, z] = scale(plane[None])[:, 0]
+
+    resample_array(voxels, inner, deliver, antialias)
     return frame
 
 

@@ -48,6 +48,7 @@ ALLOWED = {
     "tile_plan_t3d": {"geometry_t3d"},
     "local_views_t3d": {
         "geometry_t3d",
+        "image_settings_t3d",
         "intensity_t3d",
         "prepared_volume_t3d",
         "reassembly_t3d",
@@ -71,6 +72,7 @@ ALLOWED = {
         "geometry_t3d",
         "image_settings_t3d",
         "local_views_t3d",
+        "nifti_stream_t3d",
         "preparation_t3d",
         "resample_t3d",
         "prepared_volume_t3d",

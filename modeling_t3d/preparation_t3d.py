@@ -1,0 +1,322 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""From a volume, or a NIfTI file that is still compressed, to a PreparedVolume: orientation, checks, model grid, body.
+
+Every source voxel is touched once: planes are surveyed, cleared of padding, resampled, rounded and averaged over the
+body's cells while they are in the processor's cache, those of a file while the rest of it is being decompressed.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .geometry_t3d import (
+    SHEAR_TOLERANCE,
+    Volume,
+    VolumeGeometryError,
+    VolumeIntensityError,
+    axis_directions,
+    orientation,
+    spacing_from_affine,
+)
+from .intensity_t3d import (
+    AIR,
+    GAS_BELOW,
+    ValueSurvey,
+    check_declared_range,
+    check_finite,
+    check_hounsfield,
+    check_modality,
+    survey_values,
+    value_range,
+)
+from .nifti_stream_t3d import NiftiFile
+from .prepared_volume_t3d import PreparedVolume
+from .resample_t3d import (
+    SMALL,
+    AxisSampling,
+    PlaneResampler,
+    deoblique,
+    resample_array,
+    run_single_threaded,
+    sampled_affine,
+    spacing_sampling,
+)
+from .volume_arithmetic_t3d import remove_shear
+from .volume_io_t3d import naming
+from .volume_transforms_t3d import BodyMask, CellMeans, body_cell, cell_means, find_body, whole_volume_mask
+
+SLAB = 1 << 21  # bytes decompressed at a time: a few planes that stay in the cache
+SLABS_AHEAD = 4  # decompressed slabs that may wait for the resampler
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The settings that a prepared volume depends on; fields as in `T3DImageProcessor`.
+
+    Args:
+        spacing (three floats, z y x, mm, or `None`): of the model grid; `None` keeps each scan's own.
+        intensity (`str`): what the values are.
+        check_intensity (`bool`): refuse values that cannot be HU.
+        deoblique (`bool`): resample rotated scans to the world axes.
+        antialias (`bool`): average over the new voxel when downsampling.
+    """
+
+    spacing: tuple[float, float, float] | None
+    intensity: str
+    check_intensity: bool
+    deoblique: bool
+    antialias: bool
+
+    def __call__(self, image: Volume | NiftiFile, name: str) -> PreparedVolume:
+        """Prepares a volume, or a file that is opened; `name` is what messages call it."""
+        try:
+            if isinstance(image, NiftiFile):
+                canonical = _stand_in(image).to_canonical(contiguous=False) if _streams(image) else None
+                if canonical is not None and not (self.deoblique and _is_tilted(canonical.affine)):
+                    return self._stream(image, canonical, name)
+                with naming(image.source):
+                    image = remove_shear(image.read())
+            volume = image.to_canonical(contiguous=False)
+        except VolumeGeometryError as error:
+            raise VolumeGeometryError(f"{name}: {error}") from None
+        return self._resample(volume, name)
+
+    # ------------------------------------------------------------------------------------------ two ways
+
+    def _resample(self, volume: Volume, name: str) -> PreparedVolume:
+        """A volume in memory: surveyed first, then resampled by as many threads as torch has."""
+        if self.intensity == "hu" and self.check_intensity:
+            check_modality(volume.modality, name)
+        survey = survey_values(volume.array)
+        limits, padding = self._check(survey, name)
+        grid = _ModelGrid(self, volume)
+        array = volume.array if padding is None else _PaddedPlanes(volume.array, padding)
+        resample_array(array, grid.samplings, grid.deliver, self.antialias)
+        return self._finish(grid, survey, limits, volume, name)
+
+    def _stream(self, file: NiftiFile, canonical: Volume, name: str) -> PreparedVolume:
+        """A compressed file: one thread inflates, another surveys and resamples what is there already."""
+        survey, guess = ValueSurvey(canonical.shape), _PaddingGuess(self.intensity == "hu")
+        grid = _ModelGrid(self, canonical)
+        _run_stream(file, canonical, grid, survey, guess)
+        limits, padding = self._check(survey, name)
+        if padding != guess.highest:  # what the first slab held was not what the whole volume says
+            guess = _PaddingGuess(True, padding)
+            _run_stream(file, canonical, grid, None, guess)
+        return self._finish(grid, survey, limits, canonical, name)
+
+    # ------------------------------------------------------------------------------------------ both
+
+    def _check(self, survey: ValueSurvey, name: str) -> tuple[tuple[float, float] | None, float | None]:
+        """The values that become -1 and 1 (`None` for HU), and the highest padding value, if there is padding."""
+        check_finite(survey, name)
+        if self.intensity != "hu":
+            check_declared_range(survey, self.intensity, name)
+            return value_range(survey, self.intensity), None
+        padding = check_hounsfield(survey, name) if self.check_intensity else survey.padding()
+        # Each padding value is the minimum of what the ones before it left over.
+        return None, padding[-1] if padding else None
+
+    def _finish(
+        self,
+        grid: "_ModelGrid",
+        survey: ValueSurvey,
+        limits: tuple[float, float] | None,
+        volume: Volume,
+        name: str,
+    ) -> PreparedVolume:
+        array, affine, means = grid.array, grid.affine, grid.means.result()
+        outside = AIR
+        if limits is not None:
+            outside = survey.minimum if self.intensity == "zscore" else limits[0]
+        if self.deoblique and _is_tilted(volume.affine):
+            values, affine = deoblique(torch.from_numpy(array), affine, self.spacing or volume.spacing, outside)
+            array = _rounded(values).numpy() if self.intensity == "hu" else values.numpy()
+            means = cell_means(array, body_cell(array.shape, spacing_from_affine(affine)))
+        body = self._body(array.shape, spacing_from_affine(affine), limits, survey, means)
+        if body is None:
+            raise VolumeIntensityError(f"{name}: no body found, nothing exceeds {GAS_BELOW:.0f} HU over 6 mm")
+        grid_of_input = volume.input_grid
+        return PreparedVolume(array, affine, body, limits, outside, volume.source, volume.warnings, grid_of_input)
+
+    def _body(
+        self,
+        shape: Sequence[int],
+        spacing: Sequence[float],
+        limits: tuple[float, float] | None,
+        survey: ValueSurvey,
+        means: np.ndarray,
+    ) -> BodyMask | None:
+        """The body; of anything but HU, the whole volume where nothing stands out."""
+        if limits is None:
+            return find_body(shape, spacing, GAS_BELOW, means)
+        threshold = limits[0] + 0.1 * (limits[1] - limits[0])
+        if self.intensity == "zscore":
+            threshold = 0.9 * survey.minimum + 0.1 * limits[1]
+        return find_body(shape, spacing, threshold, means) or whole_volume_mask(shape)
+
+
+# ---------------------------------------------------------------------------------------------- the model grid
+
+
+def _is_tilted(affine: np.ndarray) -> bool:
+    # Columns in (x, y, z) order: those of an upright grid are the unit matrix.
+    return bool(np.abs(axis_directions(affine)[:, ::-1] - np.eye(3)).max() > SHEAR_TOLERANCE)
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """HU as they are stored; the values are changed."""
+    return values.round_().clamp_(-32768, 32767).to(torch.int16)
+
+
+class _ModelGrid:
+    """Where the planes of one volume go: int16 HU or float32 on the model grid, and the means of the body's cells."""
+
+    def __init__(self, settings: Preparation, volume: Volume):
+        spacing = settings.spacing or volume.spacing
+        self.samplings: list[AxisSampling] = [
+            spacing_sampling(*axis) for axis in zip(volume.shape, volume.spacing, spacing, strict=True)
+        ]
+        self.antialias = settings.antialias
+        self.affine = sampled_affine(volume.affine, self.samplings)
+        shape = [sampling.count for sampling in self.samplings]
+        self.array = np.empty(shape, dtype=np.int16 if settings.intensity == "hu" else np.float32)
+        self._values = torch.from_numpy(self.array)
+        self.means = CellMeans(shape, body_cell(shape, spacing_from_affine(self.affine)))
+
+    def deliver(self, z: int, plane: torch.Tensor) -> None:
+        """Takes plane `z`, whose values are changed."""
+        self.means.add(z, plane)
+        if self._values.dtype == torch.int16:
+            plane.round_().clamp_(-32768, 32767)
+        self._values[z].copy_(plane)
+
+
+class _PaddedPlanes:
+    """A volume whose padding becomes air as its planes are taken; stands in for the array of `resample_array`."""
+
+    def __init__(self, array: np.ndarray, padding: float):
+        self._array, self._padding = array, padding
+        self.shape, self.strides, self.size = array.shape, array.strides, array.size
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return _without_padding(self._array[index], self._padding)
+
+
+def _without_padding(values: np.ndarray, padding: float | None) -> np.ndarray:
+    if padding is None or values.min() > padding:
+        return values
+    return np.where(values <= padding, np.asarray(AIR, dtype=values.dtype), values)
+
+
+# ---------------------------------------------------------------------------------------------- streaming
+
+
+class _PaddingGuess:
+    """The highest padding value, taken from the first slab of a file unless it is known."""
+
+    def __init__(self, wanted: bool, highest: float | None = None):
+        self.highest = highest
+        self._open = wanted and highest is None
+
+    def clear(self, slab: np.ndarray) -> np.ndarray:
+        """The slab with its padding turned to air."""
+        if self._open:
+            padding = survey_values(slab).padding()
+            self.highest, self._open = (padding[-1] if padding else None), False
+        return _without_padding(slab, self.highest)
+
+
+def _stand_in(file: NiftiFile) -> Volume:
+    """A Volume with the file's geometry and not one voxel of memory."""
+    nothing = np.broadcast_to(np.zeros(1, dtype=np.int16), file.shape)
+    return Volume(nothing, file.affine, source=file.source, warnings=file.warnings)
+
+
+def _streams(file: NiftiFile) -> bool:
+    """Whether the planes of a file, in their order, are those of the canonical volume (or its last to first)."""
+    stand_in = _stand_in(file)
+    return not stand_in.is_sheared and orientation(file.affine)[0][2] == 2
+
+
+def _run_stream(
+    file: NiftiFile, canonical: Volume, grid: _ModelGrid, survey: ValueSurvey | None, padding: _PaddingGuess
+) -> None:
+    """Reads a file through; its planes go to the survey (if there is one) and, resampled, to the grid."""
+    worlds, signs = orientation(file.affine)
+    order = [worlds.index(world) for world in (2, 1, 0)]
+    flipped = tuple(new for new, axis in enumerate(order) if signs[axis] < 0)
+    depth = canonical.shape[0]
+    descending = 0 in flipped
+    resampler = PlaneResampler(
+        canonical.shape, grid.samplings, grid.deliver, antialias=grid.antialias, descending=descending
+    )
+
+    def take(slabs: Iterator[np.ndarray]) -> None:
+        index = depth - 1 if descending else 0
+        with torch.autocast("cpu", enabled=False):
+            for stored in slabs:
+                slab = np.flip(stored.transpose(order), flipped)
+                planes = range(index, index - len(slab), -1) if descending else range(index, index + len(slab))
+                if survey is not None:
+                    survey.count(stored)
+                slab = slab[::-1] if descending else slab
+                cleared = padding.clear(slab)
+                for z, plane, clear_plane in zip(planes, slab, cleared, strict=True):
+                    if survey is not None:
+                        survey.sample_plane(z, plane)
+                    resampler.push(z, clear_plane)
+                index = planes.stop
+
+    plane_bytes = file.dtype.itemsize * file.shape[0] * file.shape[1]
+    slabs = file.slabs(max(1, SLAB // plane_bytes))
+    with naming(file.source):
+        if canonical.array.size < SMALL:
+            take(slabs)
+        else:
+            _side_by_side(slabs, take)
+
+
+def _side_by_side(slabs: Iterator[np.ndarray], take: Callable[[Iterator[np.ndarray]], None]) -> None:
+    """Runs an iterator in one thread and what takes its items in another, a few items apart."""
+    ahead: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(SLABS_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: np.ndarray | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ahead.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for slab in slabs:
+                if stopped.is_set():
+                    return
+                put(slab)
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    def received() -> Iterator[np.ndarray]:
+        while (item := ahead.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def consume() -> None:
+        try:
+            take(received())
+        finally:
+            stopped.set()
+
+    run_single_threaded([consume, produce])
+
+
+__all__ = ["Preparation"]
