@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .geometry_t3d import Box, Grid, Volume, VolumeGeometryError
+from .image_settings_t3d import check_views
 from .intensity_t3d import apply_windows
 from .prepared_volume_t3d import PreparedVolume, ViewGeometry
 from .reassembly_t3d import Reassembled, reassemble
@@ -63,6 +64,7 @@ class LocalViewsMixin:
     ) -> tuple[Box, ...]:
         """Where local views lie, in voxels of the prepared volume; no voxel is read. Arguments as in `make_views`."""
         shape, size, body = prepared.array.shape, self.local_size, prepared.body
+        check_views(views)
         if isinstance(views, str):
             cells = body.cells if body.dense is None else body.cells | body.dense
             return grid_plan(shape, size, self.grid_overlap, cells, body.cell)
@@ -79,6 +81,12 @@ class LocalViewsMixin:
             overlap = self.view_overlap
             return overlapping_plan(shape, size, views, body.box, generator, body, minimum_overlap=overlap)
         return independent_plan(shape, size, views, body.box, generator, body)
+
+    def shared_positions(self, views: Any, seed: int, num_volumes: int = 1) -> np.ndarray | None:
+        """Under `view_sampling="aligned"` the normalised centres that a batch's random views share, else `None`."""
+        if not isinstance(views, int) or self.view_sampling != "aligned":
+            return None
+        return aligned_positions(views, np.random.default_rng((seed, num_volumes, 0)))
 
     def make_views(
         self,

@@ -7,6 +7,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,14 @@ def _trained_on_phantoms_alone(provenance: dict | None) -> bool:
     sources = (provenance or {}).get("training_data") or []
     sources = [sources] if isinstance(sources, str) else sources
     return bool(sources) and all("phantom" in str(source).lower() for source in sources)
+
+
+@dataclass
+class _PlannedViews:
+    """A volume and where its local views lie: they are cut when the vision tower is ready for them."""
+
+    prepared: Any
+    boxes: Sequence[Any]
 
 
 class ZeroShotVolumeClassificationPipeline(Pipeline):
@@ -115,12 +124,14 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
                 `"{} is not present."`. A single template keeps the default second one, which only `multi_label=True`
                 reads: give a pair where the wording matters.
             multi_label (`bool`, defaults to `True`): score each label by itself, or all against each other.
-            views (`"grid"` or `int`, *optional*):
-                Full-resolution local views: tiles over the whole uncropped volume, or that many random ones. By
-                default what the model's `view_fusion` reads: the grid, or none for `"global"`.
+            views (`"grid"`, `int` or points, *optional*):
+                Full-resolution local views: tiles over the uncropped volume, that many random ones, or views around
+                world coordinates (x, y, z) in RAS mm. By default what the model's `view_fusion` reads: the grid, or
+                none for `"global"`.
             seed (`int`, defaults to 0): places random views.
             view_batch_size (`int`, defaults to 8):
-                Local views that pass through the vision tower at once: bounds memory, changes scores by rounding only.
+                Local views that are cut and pass through the vision tower at once: bounds memory, changes scores by
+                rounding only.
             batch_size, num_workers (`int`, *optional*): as in every pipeline.
 
         Returns:
@@ -165,7 +176,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         *,
         candidate_labels: str | Sequence[str] | None = None,
         multi_label: bool | None = None,
-        views: int | str | None = None,
+        views: Any = None,
         seed: int | None = None,
         view_batch_size: int | None = None,
         text_embeds: Tensor | None = None,
@@ -202,52 +213,55 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
             embeds = self.model.base_model.get_text_features(**tokens.to(self.device)).pooler_output
         return nn.functional.normalize(embeds.float(), dim=-1)
 
-    def preprocess(self, inputs: Any, views: int | str | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """One volume to the tensors of its global view and, where the model's fusion reads them, of local views."""
+    def preprocess(self, inputs: Any, views: Any = None, seed: int = 0) -> dict[str, Any]:
+        """One volume to its global view and, where the model's fusion reads them, the plan of its local views."""
         item = inputs if isinstance(inputs, dict) else {"volume": inputs}
+        processor = self.processor.image_processor
+        prepared = processor.prepare(item["volume"], item.get("affine"), name=item.get("name", "the volume"))
+        model_inputs = {"pixel_values": processor(prepared, return_tensors="pt")["pixel_values"]}
         if self.model.config.view_fusion != "global":
             views = "grid" if views is None else views
+            positions = processor.shared_positions(views, seed)
+            boxes = processor.plan_views(prepared, views, np.random.default_rng((seed, 0)), positions)
+            model_inputs["local_views"] = _PlannedViews(prepared, boxes)
         elif views is not None:
             logger.warning_once(f"views={views!r} is not used: view_fusion='global' embeds the global view alone")
-            views = None
-        image_processor = self.processor.image_processor
-        prepared = image_processor.prepare(item["volume"], item.get("affine"), name=item.get("name", "the volume"))
-        return dict(image_processor(prepared, views=views, seed=seed, return_tensors="pt"))
-
-    def forward(self, model_inputs: dict[str, Tensor], **forward_params: Any) -> dict[str, Tensor]:
-        """As in every pipeline, but local views stay in host memory: `_forward` moves them chunk by chunk."""
-        local_pixel_values = model_inputs.pop("local_pixel_values", None)
-        return super().forward(model_inputs, local_pixel_values=local_pixel_values, **forward_params)
+        return model_inputs
 
     def _forward(
-        self,
-        model_inputs: dict[str, Tensor],
-        text_embeds: Tensor,
-        local_pixel_values: Tensor | None = None,
-        view_batch_size: int = 8,
+        self, model_inputs: dict[str, Any], text_embeds: Tensor, view_batch_size: int = 8
     ) -> dict[str, Tensor]:
         """Scaled similarities (batch, prompts), in float32; the bias of a sigmoid loss cancels in every score."""
         model = self.model.base_model
         features = model.vision_model(model_inputs["pixel_values"]).pooler_output
-        if local_pixel_values is not None:
-            mask = model_inputs["local_mask"]
-            local_features = self._encode_local_views(local_pixel_values, mask, view_batch_size, features)
-            features = model.fuse_views(features, local_features, mask, model_inputs["local_positions"])
+        if "local_views" in model_inputs:
+            planned = model_inputs["local_views"]
+            planned = planned if isinstance(planned, list) else [planned]
+            features = model.fuse_views(features, *self._encode_local_views(planned, view_batch_size, features))
         image_embeds = nn.functional.normalize(model.visual_projection(features).float(), dim=-1)
         scale = model.logit_scale.exp().to(image_embeds.device)
         return {"logits": image_embeds @ text_embeds.to(image_embeds.device).T * scale}
 
     def _encode_local_views(
-        self, local_pixel_values: Tensor, local_mask: Tensor, view_batch_size: int, like: Tensor
-    ) -> Tensor:
-        """Pooled local views (batch, views, hidden_size), zeros where masked; one chunk at a time is on the device."""
-        valid = local_mask.flatten().nonzero().flatten().to(local_pixel_values.device)
-        views = local_pixel_values.flatten(0, 1)
-        features = like.new_zeros(len(views), like.shape[-1])
-        for chunk in valid.split(view_batch_size):
-            pooled = self.model.base_model.vision_model(views[chunk].to(self.device)).pooler_output
-            features[chunk.to(features.device)] = pooled.to(features)
-        return features.unflatten(0, local_mask.shape)
+        self, planned: Sequence["_PlannedViews"], view_batch_size: int, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled local views (batch, views, hidden_size), mask and positions; `view_batch_size` are cut at once."""
+        most = max(len(volume.boxes) for volume in planned)
+        features = like.new_zeros(len(planned), most, like.shape[-1])
+        mask = torch.zeros(len(planned), most, dtype=torch.bool, device=like.device)
+        positions = torch.zeros(len(planned), most, 6, device=like.device)
+        for index, volume in enumerate(planned):
+            mask[index, : len(volume.boxes)] = True
+            first = 0
+            for views in self.processor.image_processor.iterate_views(
+                volume.prepared, volume.boxes, batch_size=view_batch_size
+            ):
+                place = slice(first, first + len(views.boxes))
+                pooled = self.model.base_model.vision_model(views.pixel_values.to(self.device)).pooler_output
+                features[index, place] = pooled.to(features)
+                positions[index, place] = views.positions.to(like.device)
+                first = place.stop
+        return features, mask, positions
 
     def postprocess(
         self,

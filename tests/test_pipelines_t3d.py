@@ -225,10 +225,10 @@ def test_view_batch_size_bounds_the_views_at_once_and_changes_nothing_else(fusio
 
 
 def test_views_default_to_what_the_fusion_reads(scan):
-    assert "local_pixel_values" not in make_pipeline("global").preprocess(scan)
+    assert set(make_pipeline("global").preprocess(scan)) == {"pixel_values"}
     classifier = make_pipeline("mean")
-    assert classifier.preprocess(scan)["local_pixel_values"].shape[1] == 8
-    assert classifier.preprocess(scan, views=2)["local_pixel_values"].shape[1] == 2
+    assert len(classifier.preprocess(scan)["local_views"].boxes) == 8
+    assert len(classifier.preprocess(scan, views=2)["local_views"].boxes) == 2
     assert classifier(scan, LABELS, views=2) == classifier(scan, LABELS, views=2)
     assert classifier(scan, LABELS, views=2) != classifier(scan, LABELS, views=2, seed=1)
     with pytest.raises(ValueError, match="views"):
