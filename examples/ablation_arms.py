@@ -115,8 +115,9 @@ def load_splits(
     settings: PretrainingConfiguration, image_processor: T3DImageProcessor
 ) -> dict[str, PretrainingDataset]:
     """The data sets of the three splits, prepared in one folder that all arms share."""
-    manifest = read_manifest(settings.data.manifest)
-    cache = settings.data.cache_dir or Path(settings.data.manifest).parent / "prepared"
+    data = settings.data
+    manifest = read_manifest(data.manifest, sections=data.sections, min_report_words=data.min_report_words)
+    cache = data.cache_dir or Path(data.manifest).parent / "prepared"
     return {
         name: PretrainingDataset(manifest.split(name), image_processor, cache, seed=settings.training.seed)
         for name in SPLITS

@@ -26,7 +26,9 @@ PICTURED = "pleural effusion"
 
 def load_splits(manifest_path: Path, processor: T3DProcessor, num_probe: int) -> dict[str, PretrainingDataset]:
     """The data sets of a manifest of phantoms, prepared once beside it; of "train" the first `num_probe` rows."""
-    manifest, cache = read_manifest(manifest_path), manifest_path.parent / "prepared"
+    sections, min_words = processor.report_sections, processor.min_report_words
+    manifest = read_manifest(manifest_path, sections=sections, min_report_words=min_words)
+    cache = manifest_path.parent / "prepared"
     counts = {"train": num_probe, "validation": None, "test": None}
     return {
         name: PretrainingDataset(manifest.split(name)[:count], processor.image_processor, cache)

@@ -87,7 +87,7 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     rows = manifest.split(data.train_split)
     reports = [row.report for row in rows]
     torch.manual_seed(training.seed)
-    processor = build_processor(settings, reports)
+    processor = build_processor(settings, [row.full_report for row in rows])
     model = build_model(source, processor.tokenizer)
     # Learnt positions bound the length of a report, less what RoBERTa reserves for padding.
     positions = model.config.text_config.max_position_embeddings - 2
@@ -106,8 +106,7 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     logger.info("{num_truncated} of {num_reports} reports are cut at {max_report_tokens} tokens".format(**facts))
     model.config.provenance = provenance(facts)
     shared = (processor.image_processor, data.cache_dir or Path(data.manifest).parent / "prepared")
-    texts = {"text_sampling": data.text_sampling, "sentences_from_epoch": data.sentences_from_epoch}
-    parts = [PretrainingDataset(rows, *shared, seed=training.seed, **texts)]
+    parts = [PretrainingDataset(rows, *shared, seed=training.seed, num_sentence_texts=data.num_sentence_texts)]
     evaluate = None
     if data.validation_split:
         parts.append(PretrainingDataset(manifest.split(data.validation_split), *shared, seed=training.seed))

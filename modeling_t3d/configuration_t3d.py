@@ -235,6 +235,9 @@ class T3DConfig(PreTrainedConfig):
             Configuration of any Hugging Face text encoder; the layout of RoBERTa-base (RadBERT-RoBERTa) by default.
         projection_dim (`int`, defaults to 512): joint dimension [habit].
         projection_hidden_size (`int`, defaults to 2048): inner width of the projection heads [habit].
+        text_pooling (`"first"` or `"mean"`, defaults to `"first"`):
+            The text tower's first hidden state, as published, or the mean over its tokens, which a tower that starts
+            from scratch learns with sooner [choice].
         projection_norm (`"layer"` or `"batch"`, defaults to `"layer"`): normalisation inside the heads [choice].
         contrastive_loss (`"softmax"` or `"sigmoid"`, defaults to `"softmax"`): global alignment; sigmoid as SigLIP.
         gca_temperature (`float`, defaults to 0.07): (initial) temperature of global alignment [habit].
@@ -244,6 +247,8 @@ class T3DConfig(PreTrainedConfig):
         soft_targets (`bool`, defaults to `False`), soft_target_rate (`float`, defaults to 0.2):
             Softens off-diagonal targets of the softmax form by the reports' correlation [habit: IMITATE].
         lambda_gca, lambda_tma (`float`, default to 1.0): weights of the two terms [choice].
+        lambda_sentences (`float`, defaults to 1.0):
+            Weight of the volumes' alignment with sentences of their reports, where a batch holds any [choice].
         tma_loss (`"supcon"`): clustering loss of the multi-view alignment [choice].
         tma_temperature (`float`, defaults to 0.2): its temperature [habit: IMITATE].
         tma_query (`"text"`, `"none"` or `"vision"`, defaults to `"text"`): what asks the views; `"none"` is the
@@ -286,6 +291,7 @@ class T3DConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     projection_hidden_size: int = 2048
+    text_pooling: Literal["first", "mean"] = "first"
     projection_norm: Literal["layer", "batch"] = "layer"
     contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
     gca_temperature: float | int = 0.07
@@ -296,6 +302,7 @@ class T3DConfig(PreTrainedConfig):
     soft_target_rate: float = 0.2
     lambda_gca: float | int = 1.0
     lambda_tma: float | int = 1.0
+    lambda_sentences: float | int = 1.0
     tma_loss: Literal["supcon"] = "supcon"
     tma_temperature: float | int = 0.2
     tma_query: Literal["text", "none", "vision"] = "text"

@@ -22,6 +22,14 @@ def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
+def masked_mean(vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the second axis of `(batch, items, channels)` where `mask`, `(batch, items)`, is not 0."""
+    if mask is None:
+        return vectors.mean(dim=1)
+    weights = mask[..., None].to(vectors)
+    return (vectors * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
 class T3DProjectionHead(nn.Module):
     """`Linear -> norm -> ReLU -> Linear` into the joint space, on vectors or on token sequences."""
 

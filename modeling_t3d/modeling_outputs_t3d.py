@@ -65,9 +65,11 @@ class T3DForPreTrainingOutput(ModelOutput):
     r"""
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            `lambda_gca * loss_gca + lambda_tma * loss_tma`, with `return_loss=True`. Its value is the same on every
-            rank; averaged over ranks, its gradient is that of one process holding all pairs.
+            The terms below, each times its `lambda`, with `return_loss=True`. Its value is the same on every rank;
+            averaged over ranks, its gradient is that of one process holding all pairs.
         loss_gca (`torch.FloatTensor` of shape `()`, *optional*): global alignment, mean over all ranks' pairs.
+        loss_sentences (`torch.FloatTensor` of shape `()`, *optional*):
+            Global alignment with sentences of the reports, mean over the sentences of a volume.
         loss_tma (`torch.FloatTensor` of shape `()`, *optional*): multi-view alignment, mean over all ranks' views.
         log_num_candidates (`torch.FloatTensor` of shape `()`, *optional*):
             What `loss_tma` is when views carry no information: the mean log of the number of candidates.
@@ -84,6 +86,7 @@ class T3DForPreTrainingOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     loss_gca: torch.Tensor | None = None
+    loss_sentences: torch.Tensor | None = None
     loss_tma: torch.Tensor | None = None
     log_num_candidates: torch.Tensor | None = None
     num_valid_anchors: torch.Tensor | None = None

@@ -32,7 +32,7 @@ from .encoders_t3d import (
     frozen_batch_norm_statistics,
     initialize_encoder_module,
 )
-from .layers_t3d import T3DMultiViewAlignment, T3DProjectionHead, T3DReports, T3DViewFusion, unit_norm
+from .layers_t3d import T3DMultiViewAlignment, T3DProjectionHead, T3DReports, T3DViewFusion, masked_mean, unit_norm
 from .loss_t3d import (
     all_gather,
     all_reduce_sum,
@@ -381,8 +381,8 @@ class T3DModel(T3DPreTrainedModel):
     ) -> torch.Tensor:
         """Volume features `(batch, hidden_size)` of pooled views, as `config.view_fusion` says."""
         if self.view_fusion is None:
-            weights = local_mask[..., None].to(local_features.dtype)
-            return (global_features + (local_features * weights).sum(dim=1)) / (1 + weights.sum(dim=1))
+            views = torch.cat([global_features[:, None], local_features], dim=1)
+            return masked_mean(views, nn.functional.pad(local_mask, (1, 0), value=1))
         if local_positions is None or local_positions.shape != (*local_mask.shape, 6):
             given = "none" if local_positions is None else f"shape {tuple(local_positions.shape)}"
             raise ValueError(
@@ -454,15 +454,18 @@ class T3DModel(T3DPreTrainedModel):
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`] whose `pooler_output` is the projected,
-            un-normalised embedding of the first token.
+            un-normalised embedding of the first token, or of the tokens' mean, as `config.text_pooling` says.
         """
         segments = {"token_type_ids": token_type_ids} if self._takes_token_types else {}
         output = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **kwargs
         )
+        hidden_state = output.last_hidden_state
+        averages = self.config.text_pooling == "mean"
+        pooled = masked_mean(hidden_state, attention_mask) if averages else hidden_state[:, 0]
         return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=self.text_projection(output.last_hidden_state[:, 0]),
+            last_hidden_state=hidden_state,
+            pooler_output=self.text_projection(pooled),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
@@ -633,6 +636,32 @@ class T3DForPreTraining(T3DPreTrainedModel):
         """See [`T3DModel.clamp_logit_scale`]."""
         self.t3d.clamp_logit_scale()
 
+    def sentence_alignment_loss(
+        self,
+        image_embeds: torch.Tensor,
+        sentence_input_ids: torch.Tensor,
+        sentence_attention_mask: torch.Tensor | None = None,
+        sentence_token_type_ids: torch.Tensor | None = None,
+        study_ids: torch.Tensor | None = None,
+        sentence_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """GCA once for each of the `sentences` texts that a volume comes with, then the mean; see `forward`."""
+        tokens = (sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
+        flat = (None if values is None else values.flatten(0, 1) for values in tokens)
+        features = self.t3d.get_text_features(*flat, return_dict=True).pooler_output
+        features = features.to(image_embeds.device).unflatten(0, sentence_input_ids.shape[:2])
+        losses = [
+            self.t3d.global_alignment_loss(
+                image_embeds,
+                unit_norm(features[:, index]),
+                features[:, index],
+                study_ids,
+                None if sentence_ids is None else sentence_ids[:, index],
+            )
+            for index in range(features.shape[1])
+        ]
+        return torch.stack(losses).mean()
+
     def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
         """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
         return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
@@ -726,6 +755,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
         return_loss: bool = True,
         study_ids: torch.Tensor | None = None,
         report_ids: torch.Tensor | None = None,
+        sentence_input_ids: torch.Tensor | None = None,
+        sentence_attention_mask: torch.Tensor | None = None,
+        sentence_token_type_ids: torch.Tensor | None = None,
+        sentence_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> T3DForPreTrainingOutput:
         r"""
@@ -736,6 +769,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
             return_loss (`bool`, defaults to `True`): compute the losses, over the pairs of all ranks.
             study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): pairs that share one that is
                 not negative are not negatives of each other. All ranks give them, or none.
+            sentence_input_ids, sentence_attention_mask, sentence_token_type_ids (`torch.LongTensor` of shape `(batch,
+                sentences, tokens)`, *optional*): further texts of each volume, such as sentences of its report; all
+                ranks give as many.
+            sentence_ids (`torch.LongTensor` of shape `(batch, sentences)`, *optional*): as `report_ids`.
         """
         aligns_views = return_loss and self.multi_view_alignment is not None
         if aligns_views and local_pixel_values is None:
@@ -767,11 +804,26 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 study_ids,
                 report_ids,
             )
-        terms = [(self.config.lambda_gca, outputs.loss), (self.config.lambda_tma, views.get("loss_tma"))]
+        loss_sentences = None
+        if return_loss and sentence_input_ids is not None and self.config.lambda_sentences > 0:
+            loss_sentences = self.sentence_alignment_loss(
+                outputs.image_embeds,
+                sentence_input_ids,
+                sentence_attention_mask,
+                sentence_token_type_ids,
+                study_ids,
+                sentence_ids,
+            )
+        terms = [
+            (self.config.lambda_gca, outputs.loss),
+            (self.config.lambda_sentences, loss_sentences),
+            (self.config.lambda_tma, views.get("loss_tma")),
+        ]
         weighted = [weight * term for weight, term in terms if term is not None]
         return T3DForPreTrainingOutput(
             loss=torch.stack(weighted).sum() if weighted else None,
             loss_gca=outputs.loss,
+            loss_sentences=loss_sentences,
             **views,
             logits_per_image=outputs.logits_per_image,
             logits_per_text=outputs.logits_per_text,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset, sample_sentences, stable_id
-from modeling_t3d.data.manifest import ManifestRow, split_sentences
+from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
+from modeling_t3d.data.manifest import ManifestRow
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.store import StoreError, VolumeStore
+from modeling_t3d.data.texts import split_sentences, stable_id
 from modeling_t3d.geometry_t3d import VolumeError
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.processing_t3d import T3DProcessor
@@ -248,11 +249,6 @@ def test_a_batch_is_what_the_model_takes(scans):
     assert not any(name.startswith("local") for name in without)
 
 
-def test_ids_are_stable():
-    assert stable_id("No effusion.") == stable_id(" no  EFFUSION.\n") == 885827686028336322
-    assert stable_id("a") != stable_id("b")
-
-
 def test_long_reports_are_cut_and_counted(scans):
     dataset = build(scans)
     collate = collator_of(dataset, max_report_tokens=9)
@@ -261,23 +257,23 @@ def test_long_reports_are_cut_and_counted(scans):
     assert collator_of(dataset).count_truncated(REPORTS) == 0
 
 
-def test_sentences_are_sampled_per_epoch(scans, tmp_path):
-    dataset = build(scans, tmp_path, text_sampling="sentences")
+def test_further_texts_are_sentences_of_the_report_and_change_with_the_epoch(scans, tmp_path):
+    dataset = build(scans, tmp_path, num_sentence_texts=2)
     sentences = split_sentences(REPORTS[0])
-    texts = [dataset[(epoch, 0, 0)].text for epoch in range(60)]
-    assert texts == [dataset[(epoch, 5, 0)].text for epoch in range(60)]
-    for text in texts:
-        places = [sentences.index(sentence) for sentence in split_sentences(text)]
-        assert places
-        assert places == sorted(set(places))
-    counts = [len(split_sentences(text)) for text in texts]
-    assert min(counts.count(size) for size in (1, 2, 3)) > 8
+    texts = [text for epoch in range(30) for text in dataset[(epoch, 0, 0)].sentences]
+    assert texts == [text for epoch in range(30) for text in dataset[(epoch, 5, 0)].sentences]
     assert {sentence for text in texts for sentence in split_sentences(text)} == set(sentences)
-    assert sample_sentences("One sentence only", (0,)) == "One sentence only"
-    identical = [(dataset[(epoch, 0, 0)].report_id, dataset[(epoch, 0, 2)].report_id) for epoch in range(20)]
-    assert all(one == other for one, other in identical), "identical reports stay identical"
-    with pytest.raises(ValueError, match="text_sampling must be 'report' or 'sentences', got 'words'"):
-        build(scans, text_sampling="words")
+    assert len(set(texts)) > 5
+    assert dataset[0].text == REPORTS[0]
+    batch = collator_of(dataset)([dataset[index] for index in range(3)])
+    assert batch["sentence_ids"][0].tolist() == batch["sentence_ids"][2].tolist(), "identical reports stay identical"
+    assert batch["sentence_input_ids"].shape[:2] == batch["sentence_ids"].shape == (3, 2)
+    assert batch["sentence_ids"][0].tolist() == [stable_id(text) for text in dataset[0].sentences]
+    decoded = collator_of(dataset).tokenizer.decode(batch["sentence_input_ids"][1, 1], skip_special_tokens=True)
+    assert decoded.split()[0].lower() == dataset[1].sentences[1].split()[0].lower().strip(".,")
+    assert dataset.fingerprint != build(scans).fingerprint
+    with pytest.raises(ValueError, match="num_sentence_texts must be 0 or more, got -1"):
+        build(scans, num_sentence_texts=-1)
 
 
 def test_fingerprint_changes_with_the_data(scans):

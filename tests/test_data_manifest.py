@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_t3d.data.manifest import ManifestError, read_manifest, split_sentences
+from modeling_t3d.data.manifest import ManifestError, read_manifest
 from modeling_t3d.data.manifest_files import read_records, write_records
 
 REPORT = "The heart is of normal size."
@@ -209,14 +209,3 @@ def test_missing_manifest(tmp_path):
 def test_missing_split_names_those_that_exist(tmp_path):
     with pytest.raises(ManifestError, match=r"no row of split 'test'; the splits are 'train' \(1\)"):
         read_manifest(write(tmp_path, [GOOD])).split("test")
-
-
-def test_sentences():
-    text = "Nodule of 5.2 mm. No effusion!\nIMPRESSION: 1. Nodule. 2. Follow-up?"
-    assert split_sentences(text) == [
-        "Nodule of 5.2 mm.",
-        "No effusion!",
-        "IMPRESSION: 1. Nodule.",
-        "2. Follow-up?",
-    ]
-    assert split_sentences("") == []

@@ -81,8 +81,9 @@ def test_several_windows_enter_as_channels(num_channels):
     ],
     ids=["bert", "roberta", "distilbert"],
 )
-def test_any_text_encoder_and_its_padding(text_config):
-    config = tiny_config()
+@pytest.mark.parametrize("text_pooling", ["first", "mean"])
+def test_any_text_encoder_and_its_padding(text_config, text_pooling):
+    config = tiny_config(text_pooling=text_pooling)
     config.text_config = text_config
     model, batch = T3DModel(config).eval(), tiny_batch()
     assert not any("pooler" in name for name in model.state_dict())
@@ -279,6 +280,36 @@ def test_multi_view_alignment_trains_the_text_tower_only_where_the_report_asks(q
     model(**tiny_batch()).loss.backward()
     parameters = [*model.t3d.text_model.parameters(), *model.t3d.text_projection.parameters()]
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in parameters) == reaches_text
+
+
+def test_mean_text_pooling_is_the_mean_over_the_tokens_that_exist():
+    model, batch = T3DModel(tiny_config(text_pooling="mean")).eval(), tiny_batch()
+    output = model.get_text_features(batch["input_ids"], batch["attention_mask"])
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    means = [hidden[:length].mean(dim=0) for hidden, length in zip(output.last_hidden_state, lengths, strict=True)]
+    torch.testing.assert_close(output.pooler_output, model.text_projection(torch.stack(means)))
+
+
+def test_sentences_are_aligned_one_by_one():
+    """The term is the mean of the global alignment's loss with each sentence in the report's place."""
+    model, batch = T3DForPreTraining(tiny_config(lambda_tma=0.0, lambda_sentences=0.25)).eval(), tiny_batch()
+    texts = [tiny_batch(seed=seed) for seed in (1, 2)]
+    ids = torch.tensor([[1, 2], [3, 2], [1, 4]])
+    sentences = {
+        "sentence_input_ids": torch.stack([text["input_ids"] for text in texts], dim=1),
+        "sentence_attention_mask": torch.stack([text["attention_mask"] for text in texts], dim=1),
+        "sentence_token_type_ids": torch.zeros(3, 2, 8, dtype=torch.int64),
+    }
+    output = model(**batch, **sentences, sentence_ids=ids)
+    in_place = []
+    for index, text in enumerate(texts):
+        replaced = {**batch, "input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+        in_place.append(model(**replaced, report_ids=ids[:, index]).loss_gca)
+    torch.testing.assert_close(output.loss_sentences, torch.stack(in_place).mean())
+    torch.testing.assert_close(output.loss, output.loss_gca + 0.25 * output.loss_sentences)
+    assert model(**batch).loss_sentences is None
+    assert model(**batch, **sentences, return_loss=False).loss_sentences is None
+    assert (model(**batch, **sentences).loss_sentences - output.loss_sentences).abs() > 1e-4, "the ids exclude"
 
 
 def test_weights_of_the_terms():

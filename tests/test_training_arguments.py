@@ -63,7 +63,7 @@ def test_shipped_configurations_load(path):
         ("training.drop_last=1", r"training\.drop_last must be of type bool, got 1"),
         ("training.trackers=tensorboard", r"training\.trackers must be of type list"),
         ("training.mixed_precision=fp8", r"training\.mixed_precision must be one of 'auto', 'bf16', 'no', got 'fp8'"),
-        ("data.text_sampling=words", r"data\.text_sampling must be one of 'report', 'sentences'"),
+        ("data.sections=words", r"data\.sections must be one of 'both', 'findings', 'impression'"),
         ("training.logging_steps=0", r"training\.logging_steps must be positive, got 0"),
         ("training.warmup_ratio=1", r"training\.warmup_ratio must lie in \[0, 1\), got 1"),
         ("training=5", r"section 'training' must hold settings, got 5"),

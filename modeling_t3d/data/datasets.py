@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,16 +21,16 @@ from ..prepared_volume_t3d import PreparedVolume
 from ..tile_plan_t3d import aligned_positions
 from ..volume_transforms_t3d import whole_volume_mask
 from .build_tasks import rescaled_key
-from .manifest import ManifestRow, split_sentences
+from .manifest import ManifestRow
 from .source_hashes import preparation_text
 from .sources import open_source
 from .store import VolumeStore
+from .texts import sample_sentences, stable_id
 
 logger = logging.getLogger(__name__)
 
 # Streams of random numbers: one part of a sample can change without moving the draws of another.
 _VIEWS, _ALIGNED, _SENTENCES = range(3)
-MAX_SENTENCES = 3  # of a text under text_sampling="sentences" [choice]
 
 
 @dataclass
@@ -40,12 +40,13 @@ class PretrainingSample:
 
     Args:
         prepared (`PreparedVolume`): what views are cut from.
-        text (`str`): the report, or the sentences of it that this epoch shows.
+        text (`str`): the report.
         study_id, report_id (`int`): equal ones are not negatives of each other.
         view_seed (`tuple[int, ...]`): seeds the places of this sample's views.
         batch_seed (`tuple[int, ...]`): seeds what the views of a batch share; equal on all processes.
         global_values (`torch.Tensor` of shape `(depth, height, width)`, *optional*):
             The global view before windows, where it was kept.
+        sentences (`tuple[str, ...]`): further texts, each a few sentences of the report.
     """
 
     prepared: PreparedVolume
@@ -55,6 +56,7 @@ class PretrainingSample:
     view_seed: tuple[int, ...]
     batch_seed: tuple[int, ...]
     global_values: torch.Tensor | None = None
+    sentences: tuple[str, ...] = ()
 
 
 class PretrainingDataset(Dataset):
@@ -73,12 +75,10 @@ class PretrainingDataset(Dataset):
             Keep the global views in the store as well, HU rounded to whole numbers [choice]: an item then reads
             these and its crops, and never a whole volume.
         seed (`int`, defaults to 0): of views and sentences.
-        text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
-            The whole report, or one to three of its sentences in their order, others in every epoch [choice]: prompts
-            of a zero-shot classifier are single sentences.
-        sentences_from_epoch (`int`, defaults to 0):
-            Earlier epochs show whole reports even under `text_sampling="sentences"` [choice]. Towers from scratch
-            leave their initial plateau sooner on whole reports, and learn negation from sentences.
+        num_sentence_texts (`int`, defaults to 0):
+            Further texts that a volume comes with, each one to three sentences of its whole report, others in every
+            epoch [choice]. A zero-shot classifier's prompts are single sentences, and a text tower that starts from
+            scratch learns from them what a negation is.
 
     Example:
 
@@ -110,11 +110,10 @@ class PretrainingDataset(Dataset):
         store: VolumeStore | str | Path | None = None,
         keep_global_views: bool = False,
         seed: int = 0,
-        text_sampling: Literal["report", "sentences"] = "report",
-        sentences_from_epoch: int = 0,
+        num_sentence_texts: int = 0,
     ) -> None:
-        if text_sampling not in ("report", "sentences"):
-            raise ValueError(f"text_sampling must be 'report' or 'sentences', got {text_sampling!r}")
+        if num_sentence_texts < 0:
+            raise ValueError(f"num_sentence_texts must be 0 or more, got {num_sentence_texts}")
         missing = [row.number for row in rows if not row.report]
         if missing:
             raise ValueError(
@@ -127,8 +126,7 @@ class PretrainingDataset(Dataset):
             raise ValueError("keep_global_views keeps them in a store: give the data set a cache_dir or a store")
         self.keep_global_views = keep_global_views
         self.seed = seed
-        self.text_sampling = text_sampling
-        self.sentences_from_epoch = sentences_from_epoch
+        self.num_sentence_texts = num_sentence_texts
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,9 +134,9 @@ class PretrainingDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """Hash of what the rows pair: a run must not resume on other data."""
-        digest = hashlib.sha256(f"{self.text_sampling}\0{self.sentences_from_epoch}".encode())
+        digest = hashlib.sha256(str(self.num_sentence_texts).encode())
         for row in self.rows:
-            digest.update(f"{row.volume.name}\0{row.report}\0{row.study_id}\0".encode())
+            digest.update(f"{row.volume.name}\0{row.report}\0{row.full_report}\0{row.study_id}\0".encode())
         return digest.hexdigest()
 
     def prepared(self, index: int) -> PreparedVolume:
@@ -187,15 +185,16 @@ class PretrainingDataset(Dataset):
         """A sample by index, or by (epoch, position of the batch in the epoch, index) as the trainer asks for it."""
         epoch, batch, index = (0, 0, key) if isinstance(key, int) else key
         row = self.rows[index]
-        text = row.report
-        if self.text_sampling == "sentences" and epoch >= self.sentences_from_epoch:
-            text = sample_sentences(text, (self.seed, epoch, stable_id(text)))
+        # Keyed by the text and not by the row: identical reports stay identical.
+        report = row.full_report or row.report
+        seeds = ((self.seed, _SENTENCES, epoch, stable_id(report), draw) for draw in range(self.num_sentence_texts))
         prepared = self.prepared(index)
         return PretrainingSample(
             prepared=prepared,
-            text=text,
+            text=row.report,
+            sentences=tuple(sample_sentences(report, seed) for seed in seeds),
             study_id=stable_id(row.study_id),
-            report_id=stable_id(text),
+            report_id=stable_id(row.report),
             view_seed=(self.seed, _VIEWS, epoch, index),
             batch_seed=(self.seed, _ALIGNED, epoch, batch),
             global_values=self._global_values(index, prepared),
@@ -266,24 +265,6 @@ class _Preparation(Dataset):
             return error
 
 
-def stable_id(text: str) -> int:
-    """Non-negative 63-bit hash of a text, case and white space aside; equal in every process and run."""
-    normalised = " ".join(text.casefold().split())
-    return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def sample_sentences(text: str, seed: tuple[int, ...]) -> str:
-    """One to `MAX_SENTENCES` random sentences of a report, in their order; every number is equally likely.
-
-    The same text and seed give the same sentences, so that identical reports stay identical.
-    """
-    sentences = split_sentences(text)
-    generator = np.random.default_rng((_SENTENCES, *seed))
-    count = int(generator.integers(1, min(MAX_SENTENCES, len(sentences)) + 1))
-    chosen = np.sort(generator.choice(len(sentences), size=count, replace=False))
-    return " ".join(sentences[position] for position in chosen)
-
-
 class PretrainingCollator:
     """
     Samples to a batch of [`T3DForPreTraining`]: views are cut, reports tokenised and padded to the longest.
@@ -302,15 +283,14 @@ class PretrainingCollator:
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         """One batch; view places come from the samples' seeds, never from a global generator."""
-        batch = dict(
-            self.tokenizer(
-                [sample.text for sample in samples],
-                padding="longest",
-                truncation=True,
-                max_length=self.max_report_tokens,
-                return_tensors="pt",
-            )
-        )
+        batch = self._tokenize([sample.text for sample in samples])
+        num_sentences = len(samples[0].sentences)
+        if num_sentences:
+            sentences = [sentence for sample in samples for sentence in sample.sentences]
+            for name, values in self._tokenize(sentences).items():
+                batch[f"sentence_{name}"] = values.unflatten(0, (-1, num_sentences))
+            ids = torch.tensor([stable_id(sentence) for sentence in sentences])
+            batch["sentence_ids"] = ids.unflatten(0, (-1, num_sentences))
         batch["pixel_values"] = torch.stack(
             [self.image_processor.global_view(sample.prepared, sample.global_values) for sample in samples]
         )
@@ -319,6 +299,10 @@ class PretrainingCollator:
         batch["study_ids"] = torch.tensor([sample.study_id for sample in samples])
         batch["report_ids"] = torch.tensor([sample.report_id for sample in samples])
         return batch
+
+    def _tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        limit = {"truncation": True, "max_length": self.max_report_tokens}
+        return dict(self.tokenizer(texts, padding="longest", return_tensors="pt", **limit))
 
     def _local_views(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         shared = None

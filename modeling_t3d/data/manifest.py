@@ -20,7 +20,6 @@ Rows are numbered from 1, the header of a CSV not counted."""
 import difflib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -50,6 +49,7 @@ class ManifestRow:
         masks (`dict[str, Path]`): name -> mask file; a single path is called `"mask"`.
         rescale (two floats, *optional*): slope and intercept that the volume's header lacks.
         key (`str`, *optional*): name of the prepared volume in a store.
+        full_report (`str`): all of the report's text, whatever the choice of sections.
     """
 
     number: int
@@ -63,6 +63,7 @@ class ManifestRow:
     masks: dict[str, Path] = field(default_factory=dict)
     rescale: tuple[float, float] | None = None
     key: str | None = None
+    full_report: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def parse_row(path: Path, number: int, record: dict[str, Any], sections: Section
         masks={name: path.parent / _text(mask) for name, mask in masks.items()},
         rescale=_rescale(where, record.get("rescale")),
         key=_text(record.get("key")) or None,
+        full_report=_report(record, "both"),
     )
 
 
@@ -325,10 +327,4 @@ def _check_leakage(path: Path, rows: list[ManifestRow]) -> None:
             )
 
 
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a report; a full stop inside a number or after an item number ends none."""
-    parts = re.split(r"(?<=[.!?])(?<!\b\d\.)\s+(?=\S)|\n+", text.strip())
-    return [part.strip() for part in parts if part and part.strip()]
-
-
-__all__ = ["COLUMNS", "Manifest", "ManifestError", "ManifestRow", "parse_row", "read_manifest", "split_sentences"]
+__all__ = ["COLUMNS", "Manifest", "ManifestError", "ManifestRow", "parse_row", "read_manifest"]

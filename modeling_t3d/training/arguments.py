@@ -129,9 +129,8 @@ class DataArguments:
         sections (`"both"`, `"findings"` or `"impression"`): which sections make the text.
         min_report_words (`int`, defaults to 5): rows with a shorter report are dropped, counted and printed.
         max_report_tokens (`int`, defaults to 512): longer reports are cut, counted and printed.
-        text_sampling (`"report"` or `"sentences"`, defaults to `"report"`):
-            The whole report, or one to three of its sentences, others in every epoch [choice].
-        sentences_from_epoch (`int`, defaults to 0): before it, whole reports in any case [choice].
+        num_sentence_texts (`int`, defaults to 0): further texts per volume and epoch, each one to three sentences of
+            its whole report [choice].
         cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
         num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
         name, license (`str`, *optional*): for the model card and the provenance in the configuration.
@@ -145,8 +144,7 @@ class DataArguments:
     sections: Literal["both", "findings", "impression"] = "both"
     min_report_words: int = 5
     max_report_tokens: int = 512
-    text_sampling: Literal["report", "sentences"] = "report"
-    sentences_from_epoch: int = 0
+    num_sentence_texts: int = 0
     cache_dir: str | None = None
     num_preparation_workers: int = 1
     name: str | None = None

@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "attention over views": {"view_fusion": "attention"},
     "mean over views": {"view_fusion": "mean"},
+    "mean over tokens, sentences weigh more": {"text_pooling": "mean", "lambda_sentences": 2.0},
     "without multi-view alignment": {"lambda_tma": 0.0, "view_fusion": "attention"},
 }
 
@@ -72,6 +73,7 @@ def build_batch() -> dict[str, torch.Tensor]:
     lengths = torch.tensor([9, 5, 7, 3, 9, 4, 6])
     attention_mask = (torch.arange(9) < lengths[:, None]).long()
     local_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1], [1, 1, 1], [0, 0, 0]]).bool()
+    sentence_mask = (torch.arange(9) < torch.stack([lengths.flip(0), lengths], dim=1)[..., None]).long()
     return {
         "input_ids": torch.randint(4, 1000, (NUM_PAIRS, 9), generator=generator) * attention_mask,
         "attention_mask": attention_mask,
@@ -81,6 +83,9 @@ def build_batch() -> dict[str, torch.Tensor]:
         "local_positions": torch.rand(NUM_PAIRS, 3, 6, generator=generator, dtype=torch.float64),
         "study_ids": torch.tensor([3, -1, 4, 5, 3, -1, 8]),
         "report_ids": torch.tensor([0, 1, 2, 3, 4, 1, 6]),
+        "sentence_input_ids": torch.randint(4, 1000, (NUM_PAIRS, 2, 9), generator=generator) * sentence_mask,
+        "sentence_attention_mask": sentence_mask,
+        "sentence_ids": torch.tensor([[0, 1], [2, 1], [3, 4], [0, 5], [6, 7], [8, 9], [10, 11]]),
     }
 
 
@@ -99,7 +104,8 @@ def run_case(case: str, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     torch.manual_seed(5 + (dist.get_rank() if dist.is_initialized() else 0))
     output = wrapped(**batch)
     output.loss.backward()
-    terms = ("loss", "loss_gca", "loss_tma", "log_num_candidates", "num_valid_anchors", "num_skipped_pairs")
+    losses = ("loss", "loss_gca", "loss_sentences", "loss_tma")
+    terms = (*losses, "log_num_candidates", "num_valid_anchors", "num_skipped_pairs")
     return {
         "terms": {term: getattr(output, term).item() for term in terms if getattr(output, term) is not None},
         "gradients": {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad},

@@ -1,0 +1,41 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Sentences of reports, random few of them, and their identities."""
+
+from modeling_t3d.data.texts import sample_sentences, split_sentences, stable_id
+
+REPORT = "Small left effusion. No consolidation. The heart is normal. Liver cyst of 1.5 cm."
+
+
+def test_sentences():
+    text = "Nodule of 5.2 mm. No effusion!\nIMPRESSION: 1. Nodule. 2. Follow-up?"
+    assert split_sentences(text) == [
+        "Nodule of 5.2 mm.",
+        "No effusion!",
+        "IMPRESSION: 1. Nodule.",
+        "2. Follow-up?",
+    ]
+    assert split_sentences("") == []
+
+
+def test_a_sample_holds_one_to_three_sentences_in_their_order():
+    sentences = split_sentences(REPORT)
+    texts = [sample_sentences(REPORT, (seed,)) for seed in range(90)]
+    for text in texts:
+        places = [sentences.index(sentence) for sentence in split_sentences(text)]
+        assert places
+        assert places == sorted(set(places))
+    counts = [len(split_sentences(text)) for text in texts]
+    assert min(counts.count(size) for size in (1, 2, 3)) > 15
+    assert {sentence for text in texts for sentence in split_sentences(text)} == set(sentences)
+
+
+def test_a_sample_depends_on_its_seed_alone():
+    assert sample_sentences(REPORT, (1, 2)) == sample_sentences(REPORT, (1, 2))
+    assert len({sample_sentences(REPORT, (1, seed)) for seed in range(20)}) > 5
+    assert sample_sentences("One sentence only", (0,)) == "One sentence only"
+
+
+def test_ids_are_stable():
+    assert stable_id("No effusion.") == stable_id(" no  EFFUSION.\n") == 885827686028336322
+    assert stable_id("a") != stable_id("b")
