@@ -39,6 +39,12 @@ HEADER_KEYWORDS = [
     *("RescaleIntercept", "ModalityLUTSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
+# What decoding needs; the rest of the header has been read before.
+PIXEL_KEYWORDS = [
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData"),
+    *("DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+]
 
 
 @contextlib.contextmanager
@@ -265,7 +271,7 @@ def _choose(folder: _Folder, found: list[_Series], series: int | None) -> _Serie
     if len(found) == 1:
         return found[0]
     if len(axial) != 1:
-        raise folder.error(f"holds {len(found)} series; choose one with series= ({listing})")
+        raise folder.error(f"holds {len(found)} series; choose one with series= of read_volume ({listing})")
     return axial[0]
 
 
@@ -279,7 +285,7 @@ def describe_series(source: str, files: Sequence[str]) -> tuple[str, ...]:
 
 def _pixels(folder: _Folder, file: int) -> np.ndarray:
     """Stored pixel values of one file, (frames, rows, columns)."""
-    dataset = folder.read(file)
+    dataset = folder.read(file, specific_tags=PIXEL_KEYWORDS)
     try:
         from pydicom.encaps import generate_frames
         from pydicom.pixels import get_decoder, pixel_array
@@ -298,7 +304,9 @@ def _pixels(folder: _Folder, file: int) -> np.ndarray:
             if held < needed:
                 raise Refused(f"the pixel data is truncated: {held} bytes where {needed} are needed")
         elif syntax != RLELossless:
-            for codestream in generate_frames(dataset.PixelData, number_of_frames=frames):
+            offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+            extended = offsets if all(offsets) else None
+            for codestream in generate_frames(dataset.PixelData, number_of_frames=frames, extended_offsets=extended):
                 check_codestream(codestream, rows, columns)
         # Of the RLE decoders, the one in Rust ends damaged data with a panic, which no `except Exception` sees.
         plugin = "pydicom" if syntax == RLELossless else ""
