@@ -58,7 +58,7 @@ def _segments(frame: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _check_jpeg(frame: bytes, rows: int, columns: int) -> None:
     tables: set[int] = set()
-    kind = precision = component = None
+    kind, precision, component = None, 0, -1
     for marker, content in _segments(frame):
         if marker == 0xC4:
             tables |= _huffman_tables(content)

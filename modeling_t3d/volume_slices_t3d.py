@@ -105,7 +105,8 @@ def stack_slices(slices: Sequence[Slice], *, resample: bool = True) -> Stack:
     order = sorted(range(len(slices)), key=heights.__getitem__)
     slices, heights = [slices[index] for index in order], [heights[index] for index in order]
     first = slices[0]
-    places, notes = None, ()
+    places = None
+    notes: tuple[str, ...] = ()
     if len(slices) == 1:
         if first.thickness <= 0:
             raise Refused("it holds one slice without a thickness, so its extent is unknown; pass the whole series")
@@ -192,9 +193,9 @@ def even_out(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     result = np.empty((round(places[-1]) + 1, *array.shape[1:]), dtype=array.dtype)
     for index in range(len(result)):
         upper = min(max(1, int(np.searchsorted(places, index))), len(places) - 1)
-        weight = float((index - places[upper - 1]) / (places[upper] - places[upper - 1]))
+        share = float((index - places[upper - 1]) / (places[upper] - places[upper - 1]))
         # Rounding may leave the last step a hair beyond the last slice.
-        weight = np.float32(min(max(weight, 0.0), 1.0))
+        weight = np.float32(min(max(share, 0.0), 1.0))
         mixed = array[upper - 1] * (1 - weight) + array[upper] * weight
         result[index] = mixed if array.dtype.kind == "f" else np.rint(mixed)
     return result

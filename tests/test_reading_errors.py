@@ -226,3 +226,43 @@ def test_sform_stands_before_qform_as_nibabel_has_it(tmp_path, stored):
         np.testing.assert_array_equal(affine, nibabel.load(tmp_path / "scan.nii").affine)
         if sform_code or qform_code:
             np.testing.assert_array_equal(affine, aligned if sform_code else scanner)
+
+
+def text_header(suffix: str, sizes: str, first: str) -> bytes:
+    """The header of an NRRD or MetaImage of 16-bit numbers, `first` its first direction."""
+    if suffix == "nrrd":
+        lines = ["NRRD0004", "type: unsigned short", "dimension: 3", "space: left-posterior-superior"]
+        lines += [f"sizes: {sizes}", f"space directions: ({first.replace(' ', ',')}) (0,1,0) (0,0,1)"]
+        lines += ["space origin: (0,0,0)", "encoding: raw", "endian: little", ""]
+    else:
+        lines = ["ObjectType = Image", "NDims = 3", "BinaryData = True", f"TransformMatrix = {first} 0 1 0 0 0 1"]
+        lines += [
+            "ElementSpacing = 1 1 1",
+            f"DimSize = {sizes}",
+            "ElementType = MET_USHORT",
+            "ElementDataFile = LOCAL",
+        ]
+    return "\n".join([*lines, ""]).encode()
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+@pytest.mark.parametrize(
+    ("sizes", "first", "reason"),
+    [
+        ("0 32 3", "1 0 0", r"no axis may be empty|damaged"),
+        ("-40 32 3", "1 0 0", r"no axis may be empty|damaged"),
+        ("40 32 3", "nan 0 0", r"damaged|NaN"),
+        ("40 32 3", "inf 0 0", r"damaged|NaN"),
+        ("40 32 3", "0 0 0", r"damaged|not believable|singular"),
+        ("40 32 3", "0 1 0", r"damaged|singular"),
+        ("40 32 3", "1e9 0 0", r"damaged|not believable"),
+    ],
+)
+def test_impossible_sizes_and_directions_in_text_headers(tmp_path, stored, suffix, sizes, first, reason):
+    path = tmp_path / f"scan.{suffix}"
+    path.write_bytes(text_header(suffix, sizes, first) + stored.tobytes())
+    with pytest.raises(VolumeReadError, match=reason) as caught:
+        pytest.fail(f"was read: {read_volume(path).affine}")
+    assert str(caught.value).startswith(f"{path}: ")
+    path.write_bytes(text_header(suffix, "40 32 3", "1 0 0") + stored.tobytes())
+    np.testing.assert_array_equal(read_volume(path).array, stored)
