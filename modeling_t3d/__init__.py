@@ -34,7 +34,7 @@ from .modeling_t3d import (
 )
 from .pipelines_t3d import ZeroShotVolumeClassificationPipeline
 from .processing_t3d import T3DProcessor
-from .volume_io_t3d import VolumeReadError, read_volume
+from .volume_io_t3d import VolumeReadError, list_series, read_volume
 
 __version__ = "0.1.0"
 
@@ -96,5 +96,6 @@ __all__ = [
     "VolumeIntensityError",
     "VolumeReadError",
     "ZeroShotVolumeClassificationPipeline",
+    "list_series",
     "read_volume",
 ]
