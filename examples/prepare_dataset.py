@@ -13,6 +13,7 @@ rows whose volumes are in the store: what training reads) to OUTPUT. Calling it 
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from modeling_t3d import T3DImageProcessor
 from modeling_t3d.data.build import BuildError, addresses_below, build_store, write_stored_manifest
 from modeling_t3d.data.builders import BUILDERS, LayoutError, assign_splits, build_records
 from modeling_t3d.data.manifest import ManifestError, read_manifest
-from modeling_t3d.data.manifest_files import SUFFIXES, write_records
+from modeling_t3d.data.manifest_files import write_records
 from modeling_t3d.data.quality import examine_manifest
 from modeling_t3d.data.quality_page import write_quality_page
 from modeling_t3d.data.store import StoreError
@@ -41,36 +42,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--layout", choices=list(BUILDERS), help="how FOLDER is laid out")
     source.add_argument("--manifest", type=Path, help="a manifest instead of a layout")
     parser.add_argument("--folder", type=Path, help="where the release, or one's own scans, lie")
-    parser.add_argument(
-        "--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the layout: csv_rescale=true"
-    )
+    parser.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the layout")
     parser.add_argument("--splits", nargs="+", default=SPLITS, metavar="NAME=SHARE", help="where a layout has none")
-    parser.add_argument(
-        "--format", choices=[suffix[1:] for suffix in SUFFIXES], default="csv", help="of the manifests"
-    )
+    parser.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="csv", help="of the manifests")
     parser.add_argument("--quality-volumes", type=int, default=500, help="how many volumes the quality page opens")
     parser.add_argument("--quality-only", action="store_true", help="stop before the store")
     parser.add_argument("--store", help="where prepared volumes go: a folder, or an address such as s3://bucket/store")
-    parser.add_argument(
-        "--config", type=Path, default=CONFIG, help="training configuration whose image processor counts"
-    )
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of the training: its image processor counts")
     parser.add_argument("--codec", choices=("none", "zstd"), default="none", help="zstd: smaller, slower to read")
     parser.add_argument("--scheduler", help="running Dask cluster, tcp://host:port; without it, this machine")
     parser.add_argument("--num-workers", type=int, help="processes on this machine; 0 for none but this one")
     parser.add_argument("--sources", help="address of a copy of the manifest's folder that workers fetch volumes from")
-    parser.add_argument(
-        "--max-unreadable", type=_count_or_share, default=0.01, help="volumes, or share, to quarantine"
-    )
+    parser.add_argument("--max-unreadable", type=yaml.safe_load, default=0.01, help="number or share to quarantine")
     parsed = parser.parse_args(arguments)
     if parsed.layout and not parsed.folder:
         parser.error("--layout needs --folder")
     if not parsed.store and not parsed.quality_only:
         parser.error("give --store, or --quality-only to look the data over first")
     return parsed
-
-
-def _count_or_share(text: str) -> int | float:
-    return int(text) if text.isdecimal() else float(text)
 
 
 def pairs(texts: list[str]) -> dict:
@@ -95,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Manifest, quality page, store."""
     manifest = make_manifest(arguments)
     logger.info("manifest: %s", manifest)
-    quality = examine_manifest(manifest, max_volumes=arguments.quality_volumes)
+    processes = os.cpu_count() or 1 if arguments.num_workers is None else arguments.num_workers
+    quality = examine_manifest(manifest, max_volumes=arguments.quality_volumes, num_workers=processes)
     for check in quality.checks:
         if check.level != "good":
             logger.warning("%s: %s", check.name, check.text)

@@ -111,7 +111,7 @@ def examine_manifest(
     Args:
         manifest (`str` or `Path`): a `.csv`, `.jsonl` or `.parquet` file.
         max_volumes (`int`, defaults to 500): how many volumes are opened; all others are only looked for.
-        num_workers (`int`, defaults to 1): processes that open them; 1 is this one.
+        num_workers (`int`, defaults to 1): processes that open them; 0 and 1 are this one.
         seed (`int`, defaults to 0): of the sample.
 
     Example:
@@ -246,7 +246,7 @@ def _open_volumes(
         chosen = [rows[place] for place in sorted(places)]
     tasks = [(row.number, row.volume, row.rescale) for row in chosen]
     with tqdm(total=len(tasks), desc="opening volumes", unit="volume", disable=None) as bar:
-        if num_workers > 1:
+        if num_workers > 1 and len(tasks) > 1:  # a process costs as long to begin as some volumes take
             with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
                 found = [_told(bar, facts) for facts in pool.map(examine_volume, *zip(*tasks, strict=True))]
         else:

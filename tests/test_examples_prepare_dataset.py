@@ -1,0 +1,124 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""The script that prepares a data set, as a user calls it: whole, cut off and called again, refused with one line."""
+
+import csv
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling_t3d.data.datasets import PretrainingDataset
+from modeling_t3d.data.manifest import read_manifest
+from modeling_t3d.data.store import VolumeStore
+from modeling_t3d.image_processing_t3d import T3DImageProcessor
+from modeling_t3d.volume_io_t3d import to_volume, write_nifti
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "prepare_dataset.py"
+SIZES = {"spacing": [3.0, 3.0, 3.0], "global_size": [16, 16, 16], "local_size": [8, 8, 8]}
+
+
+def make_scans(folder: Path, count: int, depth: int = 20) -> Path:
+    for number in range(count):
+        array = np.full((depth, 24, 24), -1000, dtype=np.int16)
+        array[:, 4:20, 4:20] = 40 + np.random.default_rng(number).integers(-9, 9, (depth, 16, 16))
+        place = folder / f"p{number}"
+        place.mkdir(parents=True)
+        write_nifti(to_volume(array, spacing=(3, 3, 3), axes="SAR"), place / "scan.nii.gz")
+        (place / "scan.txt").write_text(f"FINDINGS: The heart is of normal size.\nIMPRESSION: Normal scan {number}.")
+    return folder
+
+
+def configuration(folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(f"data: {{}}\nimage_processor: {SIZES}\nmodel: {{}}\ntraining: {{output_dir: out}}\n")
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, caplog):
+    """Runs the script in this process and gives what it logged; a refusal is the `SystemExit` that it ends with."""
+    caplog.set_level("INFO")
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        caplog.clear()
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return caplog.text
+
+    return run
+
+
+def test_from_a_folder_to_training(tmp_path, run):
+    scans = make_scans(tmp_path / "scans", 6)
+    (scans / "p5" / "scan.nii.gz").write_bytes(b"not a scan")
+    output = tmp_path / "out"
+    arguments = ["--layout", "folder", "--folder", scans, "--output", output, "--store", output / "store"]
+    arguments += ["--config", configuration(tmp_path), "--num-workers", "0", "--max-unreadable", "1"]
+    arguments += ["--splits", "train=0.5", "test=0.5"]
+    said = run(*arguments)
+    assert "unreadable volumes: 1 volume that cannot be read" in said
+    assert "5 volumes are in the store: 5 prepared now, 0 before" in said
+    assert (output / "quality.html").read_text().startswith("<!DOCTYPE html>")
+    with (output / "quarantine.csv").open(newline="") as file:
+        assert [Path(line["volume"]).parent.name for line in csv.DictReader(file)] == ["p5"]
+    for file in scans.rglob("*.nii.gz"):
+        file.unlink()
+    processor = T3DImageProcessor(**SIZES)
+    rows = read_manifest(output / "stored.csv").rows
+    assert {row.split for row in rows} <= {"train", "test"}
+    dataset = PretrainingDataset(rows, processor, store=output / "store")
+    assert [sample.text for sample in (dataset[0], dataset[4])] == [
+        f"The heart is of normal size. Normal scan {number}." for number in (0, 4)
+    ]
+
+
+def test_a_run_that_is_killed_whole_is_finished_by_the_next(tmp_path, run):
+    """The script, its scheduler and its worker die at once; the second run does what is left."""
+    pytest.importorskip("distributed")
+    scans = make_scans(tmp_path / "scans", 40, depth=120)
+    output = tmp_path / "out"
+    arguments = ["--layout", "folder", "--folder", scans, "--output", output, "--store", output / "store"]
+    arguments += ["--config", configuration(tmp_path), "--quality-volumes", "1", "--num-workers"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, arguments), "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    volumes = output / "store" / "volumes"
+    try:
+        deadline = time.monotonic() + 900
+        while len(list(volumes.rglob("*.t3d"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the script, its scheduler and its worker
+        error = process.communicate()[1]
+    before = len(list(volumes.rglob("*.t3d")))
+    assert 3 <= before < 40, f"to be killed in the middle; it said: {error}"
+    assert f"40 volumes are in the store: {40 - before} prepared now, {before} before" in run(*arguments, "0")
+    files = [file for file in (output / "store").rglob("*") if file.is_file() and "volumes" in file.parts]
+    assert len(files) == 40, "nothing twice and nothing in part"
+    store = VolumeStore(output / "store")
+    for key in list(store.keys()):
+        store.verify(key)
+    assert len(read_manifest(output / "stored.csv").rows) == 40
+
+
+def test_what_is_wrong_ends_in_one_line(tmp_path, run):
+    with pytest.raises(
+        SystemExit, match=r"impressions_\*\.tsv \(the reports\) is missing; download it from"
+    ) as caught:
+        run("--layout", "inspect", "--folder", tmp_path, "--output", tmp_path / "out", "--quality-only")
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SystemExit, match="write NAME=VALUE"):
+        run("--layout", "folder", "--folder", tmp_path, "--output", tmp_path, "--quality-only", "--option", "version")
