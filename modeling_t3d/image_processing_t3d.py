@@ -32,7 +32,6 @@ from .nifti_stream_t3d import NiftiFile
 from .preparation_t3d import Preparation
 from .prepared_volume_t3d import PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
 from .resample_t3d import AxisSampling, sampled_affine
-from .tile_plan_t3d import aligned_positions
 from .volume_io_t3d import open_volume, to_volume
 
 logger = logging.get_logger(__name__)
@@ -279,9 +278,7 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         if not images:
             raise ValueError("no images were given; pass at least one volume")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
-        shared = None
-        if isinstance(views, int) and self.view_sampling == "aligned":
-            shared = aligned_positions(views, np.random.default_rng((seed, len(images), 0)))
+        shared = self.shared_positions(views, seed, len(images))
         pixel_values, local_views, geometry = [], [], []
         for index, image in enumerate(images):
             prepared = self.prepare(image, affines[index], spacings[index], axes[index], name=f"volume {index}")
