@@ -43,8 +43,11 @@ class VolumeReader:
         if header is None or header.facts["key"] != key:
             raise self._corruption("the header")
         self.header = header
+        # Lists, because a crop looks dozens of tiles up one by one.
+        self._offsets: list[int] = header.index["offset"].tolist()
+        self._lengths: list[int] = header.index["length"].tolist()
         # Tiles of the map that were compared with their checksums.
-        self._checked = np.zeros(len(header.index), dtype=bool)
+        self._checked = bytearray(len(header.index))
 
     def _read(self, stop: int) -> bytes:
         return self.file_system.cat_file(self.path, start=0, end=stop) if self.map is None else self.map[:stop]
@@ -87,19 +90,17 @@ class VolumeReader:
 
     def _tiles(self, tiles: Sequence[int]) -> dict[int, Any]:
         """Stored bytes of tiles, compared with their checksums; `None` for one of a single value."""
-        index = self.header.index
-        filled = [tile for tile in tiles if index["length"][tile]]
+        offsets, lengths, checked = self._offsets, self._lengths, self._checked
         stored: dict[int, Any] = dict.fromkeys(tiles)
-        for first, block, members in self._blocks(filled):
+        for first, block, members in self._blocks([tile for tile in tiles if lengths[tile]]):
             for tile in members:
-                offset = int(index["offset"][tile]) - first
-                stored[tile] = block[offset : offset + int(index["length"][tile])]
-        for tile in filled:
-            if not self._checked[tile]:
-                if not self.header.is_whole(tile, stored[tile]):
-                    raise self._corruption(f"tile {tile}")
-                # What comes over a network is new each time.
-                self._checked[tile] = self.map is not None
+                offset = offsets[tile] - first
+                content = stored[tile] = block[offset : offset + lengths[tile]]
+                if not checked[tile]:
+                    if not self.header.is_whole(tile, content):
+                        raise self._corruption(f"tile {tile}")
+                    # What comes over a network is new each time.
+                    checked[tile] = self.map is not None
         return stored
 
     def _blocks(self, tiles: Sequence[int]) -> list[tuple[int, memoryview, Sequence[int]]]:
