@@ -106,7 +106,7 @@ class Preparation:
         _run_stream(file, canonical, grid, survey, guess)
         limits, padding = self._check(survey, name)
         if padding != guess.highest:  # what the first slab held was not what the whole volume says
-            guess = _PaddingGuess(True, padding)
+            guess = _PaddingGuess(False, padding)
             _run_stream(file, canonical, grid, None, guess)
         return self._finish(grid, survey, limits, canonical, name)
 
@@ -218,11 +218,11 @@ def _without_padding(values: np.ndarray, padding: float | None) -> np.ndarray:
 
 
 class _PaddingGuess:
-    """The highest padding value, taken from the first slab of a file unless it is known."""
+    """The highest padding value: what is given, or what the first slab of a file says."""
 
-    def __init__(self, wanted: bool, highest: float | None = None):
+    def __init__(self, ask_first_slab: bool, highest: float | None = None):
         self.highest = highest
-        self._open = wanted and highest is None
+        self._open = ask_first_slab
 
     def clear(self, slab: np.ndarray) -> np.ndarray:
         """The slab with its padding turned to air."""
