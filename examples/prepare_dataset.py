@@ -93,7 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quality_only:
         return
     settings = load_configuration(arguments.config, [f"data.manifest={manifest}"])
-    rows = read_manifest(manifest, require_report=False, check_files=False).rows
+    listed = read_manifest(manifest, require_report=False, check_files=False)
+    logger.info("%s", listed.describe())
+    rows = listed.rows
     report = build_store(
         rows,
         arguments.store,

@@ -103,6 +103,13 @@ def test_the_largest_volumes_come_first(rows, tmp_path):
     assert sizes[0] > sizes[-1] > 0
 
 
+def test_a_log_without_a_bar_tells_how_far_it_is(rows, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(build, "_TELL_EVERY", 0.0)
+    caplog.set_level("INFO")
+    build_store(rows, tmp_path / "store", PROCESSOR, num_workers=0)
+    assert "6/12 volumes, 0.0 of 0.0 GB, 0 quarantined, about 0 minutes left" in caplog.text
+
+
 def test_a_second_build_prepares_nothing(rows, tmp_path):
     first = build_store(rows, tmp_path / "store", PROCESSOR, num_workers=0)
     second = build_store(rows, tmp_path / "store", PROCESSOR, num_workers=0)
@@ -270,6 +277,11 @@ def test_training_reads_the_stored_manifest_without_the_volumes(tmp_path):
     report = build_store(read_manifest(manifest).rows, tmp_path / "store", PROCESSOR, num_workers=0)
     stored = tmp_path / "elsewhere" / "stored.parquet"
     assert write_stored_manifest(manifest, report, stored) == 1, "the copy holds the same volume"
+    leaking = write_records(
+        [record | {"split": split} for record, split in zip(records, "aba", strict=True)], tmp_path / "l.csv"
+    )
+    with pytest.raises(BuildError, match=r"rows 1 \('a'\) and 2 \('b'\) hold the same volume"):
+        write_stored_manifest(leaking, report, stored)
     expected = PROCESSOR.prepare(tmp_path / "renamed2.nii").array
     for file in tmp_path.glob("*.nii"):
         file.unlink()

@@ -3,7 +3,9 @@
 """Small folders, laid out as the releases are, become manifests; what is missing or different is named."""
 
 import csv
+import io
 import itertools
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,9 @@ def test_ct_rate_volumes_without_a_report_are_counted(tmp_path):
 
 def test_ct_rate_v1_takes_its_rescale_from_the_table_on_request_alone(tmp_path):
     make_ct_rate(tmp_path, fixed=False)
-    assert all("rescale" not in record for record in build_records("ct-rate", tmp_path).records)
+    release = build_records("ct-rate", tmp_path)
+    assert all("rescale" not in record for record in release.records)
+    assert "csv_rescale takes it from the metadata table" in release.notes[0]
     records = build_records("ct-rate", tmp_path, csv_rescale=True).records
     assert [record["rescale"] for record in records] == [[1.0, -1024.0]] * 4
     hounsfield = to_volume(body(), spacing=(3, 3, 3), axes="SAR")
@@ -266,13 +270,41 @@ def test_rad_chestct_refuses_other_files(tmp_path):
     with pytest.raises(VolumeReadError, match=r"'ct' has shape \(24, 24\)"):
         read_rad_chestct(tmp_path / "flat.npz")
     np.savez(tmp_path / "pickle.npz", ct=np.array([{}], dtype=object))
-    with pytest.raises(VolumeReadError, match="is not a readable"):
+    with pytest.raises(VolumeReadError, match=r"'ct' has shape \(1,\) and type object"):
         read_rad_chestct(tmp_path / "pickle.npz")
     whole = (make_rad_chestct(tmp_path / "rad") / "trn00001.npz").read_bytes()
     for cut in (0, 10, len(whole) // 2):
         (tmp_path / "cut.npz").write_bytes(whole[:cut])
         with pytest.raises(VolumeReadError, match=r"cut\.npz: is not a readable"):
             read_rad_chestct(tmp_path / "cut.npz")
+
+
+def test_rad_chestct_allocates_no_more_than_a_file_can_hold(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<i2", "fortran_order": False, "shape": (90000, 90000, 90000)}
+    )
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ct.npy", header.getvalue() + b"\0" * 4000)
+    with pytest.raises(VolumeReadError, match=r"promises 90000x90000x90000 voxels .* more than the file holds"):
+        read_rad_chestct(tmp_path / "huge.npz")
+
+
+def test_rad_chestct_damaged_anywhere(tmp_path):
+    """Whatever byte is wrong: the volume, or the one error, never another."""
+    whole = bytearray((make_rad_chestct(tmp_path / "rad") / "trn00001.npz").read_bytes())
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        damaged = whole.copy()
+        for place in random.integers(0, len(whole), random.integers(1, 4)):
+            damaged[place] = random.integers(0, 256)
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        try:
+            read_rad_chestct(tmp_path / "damaged.npz")
+        except VolumeReadError:
+            refused += 1
+    assert refused > 200
 
 
 # ---------------------------------------------------------------------------------------------- one's own folder

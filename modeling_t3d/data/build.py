@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _CONNECT = 30  # seconds until a scheduler that does not answer is an error
 _WAIT_FOR_WORKERS = 300  # seconds until a cluster without workers is an error
 _REFRESH = 5.0  # seconds between two looks at how many workers there are
+_TELL_EVERY = 60.0  # seconds between two lines of a log that shows no bar
 _RETRIES = 2  # of a task that failed through no fault of its volume, such as a lost connection to the store
 
 
@@ -252,15 +253,24 @@ def _connected(scheduler: str | None, num_workers: int | None) -> Iterator[tuple
 
 
 def _shown(outcomes: Iterator[PreparationOutcome], tasks: list[PreparationTask]) -> Iterator[PreparationOutcome]:
-    """The same outcomes, with a bar that runs by bytes: volumes differ in size by a factor of a hundred."""
+    """The same outcomes, with a bar, or lines in a log, by bytes: volumes differ in size by a factor of a hundred."""
     total = sum(task.size for task in tasks)
-    count = unreadable = 0
+    count = unreadable = done = 0
+    begun = told = time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, desc="preparing volumes", disable=None) as bar:
         for outcome in outcomes:
             count += 1
             unreadable += outcome.key is None
             bar.set_postfix_str(f"{count}/{len(tasks)} volumes, {unreadable} quarantined", refresh=False)
             bar.update(outcome.task.size)
+            done += outcome.task.size
+            if bar.disable and time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                left = (told - begun) * (total - done) / max(done, 1) / 60
+                logger.info(
+                    "%d/%d volumes, %.1f of %.1f GB, %d quarantined, about %.0f minutes left",
+                    count, len(tasks), done / 1e9, total / 1e9, unreadable, left,
+                )  # fmt: skip
             yield outcome
 
 
@@ -317,18 +327,25 @@ def write_stored_manifest(manifest: str | Path, report: BuildReport, path: str |
     Returns:
         How many rows hold the very volume of an earlier row and were left out (`int`).
     """
-    used: set[str] = set()
+    first: dict[str, ManifestRow] = {}
     records = []
     repeated = 0
     for number, record in read_records(manifest)[0]:
         key = report.keys.get(number)
-        if key in used:
+        if key is None:
+            continue
+        row = parse_row(Path(manifest), number, record)
+        earlier = first.setdefault(key, row)
+        if earlier.split != row.split:
+            raise BuildError(
+                f"{manifest}: rows {earlier.number} ({earlier.split!r}) and {number} ({row.split!r}) hold the same "
+                "volume, which would be trained on and scored; remove one and call again, what was stored is kept"
+            )
+        if earlier is not row:
             repeated += 1
-        elif key is not None:
-            used.add(key)
-            kept = {name: value for name, value in record.items() if name != "rescale"}
-            masks = parse_row(Path(manifest), number, record).masks
-            records.append(kept | {"volume": key, "key": key, "masks": masks})
+            continue
+        kept = {name: value for name, value in record.items() if name != "rescale"}
+        records.append(kept | {"volume": key, "key": key, "masks": row.masks})
     write_records(records, path)
     return repeated
 

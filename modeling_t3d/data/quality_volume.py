@@ -71,7 +71,8 @@ def examine_volume(number: int, path: Path, rescale: tuple[float, float] | None 
 
 def _without_path(text: str, path: Path) -> str:
     """An error without the volume's path, which may name a patient."""
-    for named in (str(path.resolve()), str(path), path.name):
+    inside = [file.name for file in path.rglob("*")] if path.is_dir() else []
+    for named in (str(path.resolve()), str(path), path.name, *sorted(inside, key=len, reverse=True)):
         text = text.replace(named, "")
     return text.lstrip(": ")
 

@@ -57,6 +57,11 @@ def build_ct_rate(folder: Path, *, version: str | None = None, csv_rescale: bool
             "would be applied a second time; leave csv_rescale out"
         )
     release = Release()
+    if version == "v1" and not csv_rescale:
+        release.notes.append(
+            "these are volumes of v1, whose headers lack the rescale: those that are no HU will be refused; "
+            "csv_rescale takes it from the metadata table, and v2 needs none"
+        )
     present = [split for split in _SPLITS if (root / _volumes(split, version)).is_dir()]
     for split in present:
         _add_split(release, root, split, version, csv_rescale)

@@ -14,8 +14,8 @@ names the axes alike). It is HU already: the table's slope and intercept are tho
 tables may lie in sub-folders.
 """
 
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .release import LayoutError, Release, find_table, read_table, read_wide_tab
 SOURCE = "https://zenodo.org/records/6406114"
 SPACING = (0.8, 0.8, 0.8)  # mm, of every volume of the release
 AXES = "IPL"
+_MAXIMUM_DEFLATE = 1032  # bytes that one compressed byte can become
 _METADATA = "CT_Scan_Metadata_Complete_35747.csv"
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 
@@ -40,22 +41,41 @@ def read_rad_chestct(path: str | Path) -> Volume:
         path (`str` or `Path`): the file. Pickled content is never loaded.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            array = file["ct"] if "ct" in file.files else None
+        array = _read_array(path)
+    except VolumeReadError:
+        raise
     except FileNotFoundError:
         raise VolumeReadError(f"{path}: no such file or folder") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        reason = type(error).__name__
-        raise VolumeReadError(
-            f"{path}: is not a readable .npz file: truncated, damaged or another format ({reason})"
-        ) from None
-    if array is None:
-        raise VolumeReadError(f"{path}: holds no array 'ct'; it is not a volume of RAD-ChestCT")
-    if array.ndim != 3 or array.dtype.kind not in "iuf" or 0 in array.shape:
-        raise VolumeReadError(
-            f"{path}: 'ct' has shape {array.shape} and type {array.dtype}, not a volume's; see {SOURCE}"
-        )
+    except MemoryError:
+        raise VolumeReadError(f"{path}: the volume does not fit in memory") from None
+    except Exception as error:  # a damaged file can make the parsers raise anything
+        reason = f"truncated, damaged or another format ({type(error).__name__})"
+        raise VolumeReadError(f"{path}: is not a readable .npz file: {reason}") from None
     return Volume(array, affine_from_axes(SPACING, AXES), source=str(path))
+
+
+def _read_array(path: str | Path) -> np.ndarray:
+    """The array `ct`, once its header promises what a volume is and no more than the archive can hold."""
+    with zipfile.ZipFile(path) as archive:
+        if "ct.npy" not in archive.namelist():
+            raise VolumeReadError(f"{path}: holds no array 'ct'; it is not a volume of RAD-ChestCT")
+        entry = archive.getinfo("ct.npy")
+        with archive.open(entry) as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(stream)
+        if len(shape) != 3 or dtype.kind not in "iuf" or 0 in shape:
+            raise VolumeReadError(f"{path}: 'ct' has shape {shape} and type {dtype}, not a volume's; see {SOURCE}")
+        promised = math.prod(shape) * dtype.itemsize
+        if promised > min(entry.file_size, entry.compress_size * _MAXIMUM_DEFLATE):
+            raise VolumeReadError(
+                f"{path}: its header promises {'x'.join(map(str, shape))} voxels ({promised:,} bytes), more than the "
+                "file holds; it is truncated or damaged"
+            )
+        with archive.open(entry) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def build_rad_chestct(folder: Path) -> Release:
