@@ -105,11 +105,16 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     }
     logger.info("{num_truncated} of {num_reports} reports are cut at {max_report_tokens} tokens".format(**facts))
     model.config.provenance = provenance(facts)
-    shared = (processor.image_processor, data.cache_dir or Path(data.manifest).parent / "prepared")
-    parts = [PretrainingDataset(rows, *shared, seed=training.seed, num_sentence_texts=data.num_sentence_texts)]
+    shared = {
+        "image_processor": processor.image_processor,
+        "cache_dir": data.cache_dir or Path(data.manifest).parent / "prepared",
+        "keep_global_views": data.keep_global_views,
+        "seed": training.seed,
+    }
+    parts = [PretrainingDataset(rows, num_sentence_texts=data.num_sentence_texts, **shared)]
     evaluate = None
     if data.validation_split:
-        parts.append(PretrainingDataset(manifest.split(data.validation_split), *shared, seed=training.seed))
+        parts.append(PretrainingDataset(manifest.split(data.validation_split), **shared))
         evaluate = build_evaluation(parts[1], collator, processor, training.per_device_train_batch_size)
     trainer = T3DTrainer(model, training, parts[0], collator, evaluate=evaluate, processor=processor, card_facts=facts)
     rank, num_processes = trainer.accelerator.process_index, trainer.accelerator.num_processes

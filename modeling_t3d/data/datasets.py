@@ -200,6 +200,12 @@ class PretrainingDataset(Dataset):
             global_values=self._global_values(index, prepared),
         )
 
+    def prepare(self, index: int) -> PreparedVolume:
+        """What an access to the row would otherwise make and keep."""
+        prepared = self.prepared(index)
+        self._global_values(index, prepared)
+        return prepared
+
     def prepare_all(self, num_workers: int = 1, *, rank: int = 0, num_processes: int = 1) -> Counter[str]:
         """
         Fill the store before training; a volume that cannot be read raises here and not hours later.
@@ -260,7 +266,7 @@ class _Preparation(Dataset):
 
     def __getitem__(self, position: int) -> list[str] | Exception:
         try:
-            return list(self.dataset.prepared(self.indices[position]).warnings)
+            return list(self.dataset.prepare(self.indices[position]).warnings)
         except (VolumeError, OSError) as error:
             return error
 

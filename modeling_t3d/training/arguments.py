@@ -132,6 +132,8 @@ class DataArguments:
         num_sentence_texts (`int`, defaults to 0): further texts per volume and epoch, each one to three sentences of
             its whole report [choice].
         cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
+        keep_global_views (`bool`, defaults to `False`): keep global views there too, in whole HU; a step then cuts
+            local views alone [choice].
         num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
         name, license (`str`, *optional*): for the model card and the provenance in the configuration.
         synthetic (`bool`, defaults to `False`): the volumes are no patients but phantoms; said in the card, and once
@@ -146,6 +148,7 @@ class DataArguments:
     max_report_tokens: int = 512
     num_sentence_texts: int = 0
     cache_dir: str | None = None
+    keep_global_views: bool = False
     num_preparation_workers: int = 1
     name: str | None = None
     license: str | None = None
