@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class NiftiFile:
             if self.source[-3:].lower() == ".gz":
                 self._skip(stream, None)
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> Any:
         if self.source[-3:].lower() != ".gz":
             return open(self.source, "rb", buffering=0)
         try:
@@ -94,13 +94,13 @@ class NiftiFile:
             return gzip.open(self.source)
         return igzip.open(self.source)
 
-    def _fill(self, stream: BinaryIO, stored: np.ndarray) -> None:
-        view = memoryview(stored.reshape(-1, order="F").view(np.uint8))
+    def _fill(self, stream: Any, stored: np.ndarray) -> None:
+        view = stored.reshape(-1, order="F").view(np.uint8).data
         filled = 0
         while filled < len(view):
             filled += self._read_into(stream, view[filled : filled + PIECE]) or self._end_early()
 
-    def _skip(self, stream: BinaryIO, count: int | None) -> None:
+    def _skip(self, stream: Any, count: int | None) -> None:
         """Reads on by `count` bytes, or to the end."""
         scratch = memoryview(bytearray(PIECE if count is None else min(count, PIECE)))
         while count is None or count > 0:

@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -250,8 +250,27 @@ def run_single_threaded(tasks: Sequence[Callable[[], None]]) -> None:
         torch.set_num_threads(num_threads)
 
 
+class Planes(Protocol):
+    """What `resample_array` needs of an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels (depth, height, width)."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes from one voxel to the next along each axis."""
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+
+    def __getitem__(self, index: slice, /) -> np.ndarray:
+        """A run of planes."""
+
+
 def resample_array(
-    array: np.ndarray,
+    array: np.ndarray | Planes,
     samplings: Sequence[AxisSampling],
     deliver: Callable[[int, torch.Tensor], None],
     antialias: bool = True,
@@ -284,7 +303,7 @@ def resample_array(
         return
     num_runs = min(count, torch.get_num_threads())
     edges = np.linspace(0, count, num_runs + 1).round().astype(int).tolist()
-    run_single_threaded([lambda a=a, b=b: task(range(a, b)) for a, b in itertools.pairwise(edges)])
+    run_single_threaded([partial(task, range(a, b)) for a, b in itertools.pairwise(edges)])
 
 
 def resample(volume: torch.Tensor, samplings: Sequence[AxisSampling], antialias: bool = True) -> torch.Tensor:

@@ -201,7 +201,7 @@ def find_body(shape: Sequence[int], spacing: Sequence[float], threshold: float, 
         margin = math.ceil(cell[axis] / 2)
         start.append(max(0, int(used[0]) * cell[axis] - margin))
         stop.append(min(shape[axis], (int(used[-1]) + 1) * cell[axis] + margin))
-    return BodyMask(body, cell, Box(tuple(start), tuple(stop)), tuple(shape), tissue)
+    return BodyMask(body, cell, Box(tuple(start), tuple(stop)), (shape[0], shape[1], shape[2]), tissue)
 
 
 __all__ = [
