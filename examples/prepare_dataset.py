@@ -93,9 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quality_only:
         return
     settings = load_configuration(arguments.config, [f"data.manifest={manifest}"])
-    listed = read_manifest(manifest, require_report=False, check_files=False)
+    rows = (listed := read_manifest(manifest, require_report=False, check_files=False)).rows
     logger.info("%s", listed.describe())
-    rows = listed.rows
     report = build_store(
         rows,
         arguments.store,
@@ -115,6 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     try:
         run(parse_arguments())
     except (BuildError, ConfigurationError, LayoutError, ManifestError, StoreError) as error:

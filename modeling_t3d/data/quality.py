@@ -275,16 +275,18 @@ def _told(bar: tqdm, facts: VolumeFacts) -> VolumeFacts:
 
 
 def find_outliers(volumes: Sequence[VolumeFacts]) -> list[Outlier]:
-    """Volumes that lie more than `OUTLIER_DEVIATIONS` robust standard deviations from the median, farthest first."""
-    if len(volumes) < MIN_VOLUMES_FOR_OUTLIERS:
-        return []
+    """Volumes more than `OUTLIER_DEVIATIONS` robust standard deviations from the median, farthest first."""
     found = []
     for measure, floor in _FLOORS.items():
-        values = np.array([facts.measures[measure] for facts in volumes])
+        # Label maps among the volumes would make the usual HU theirs.
+        comparable = [facts for facts in volumes if UNITS[measure] == "mm" or not facts.not_hounsfield]
+        if len(comparable) < MIN_VOLUMES_FOR_OUTLIERS:
+            continue
+        values = np.array([facts.measures[measure] for facts in comparable])
         usual = float(np.median(values))
         # 1.4826 makes the median absolute deviation a standard deviation where values are normal.
         spread = max(1.4826 * float(np.median(np.abs(values - usual))), floor)
-        for facts, value in zip(volumes, values, strict=True):
+        for facts, value in zip(comparable, values, strict=True):
             distance = abs(float(value) - usual) / spread
             if distance > OUTLIER_DEVIATIONS:
                 found.append((distance, Outlier(facts.number, measure, float(value), usual)))

@@ -201,7 +201,9 @@ def _outlier_text(report: QualityReport, count: int) -> str:
     if not count:
         return "No volume lies far from the others."
     shown = f" The {MAX_OUTLIERS} farthest are shown." if count > MAX_OUTLIERS else ""
-    return f"{count:,} volumes differ much from the median of the data set; what differs is named below each.{shown}"
+    return (
+        f"{count:,} volumes differ much from the median of the data set, or hold no HU; why is said below each.{shown}"
+    )
 
 
 def _figure(facts: VolumeFacts, outliers: Sequence[Outlier] = ()) -> str:
