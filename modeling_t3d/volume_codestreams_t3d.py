@@ -77,6 +77,9 @@ def _check_jpeg(frame: bytes, rows: int, columns: int) -> None:
         elif marker == START_OF_SCAN:
             if kind is None or len(content) != 6 or content[0] != 1 or content[1] != component:
                 raise Refused("a compressed frame has a damaged header")
+            # A lossless number takes at least one bit, a block of 8x8 of the other kinds at least two.
+            if kind in HUFFMAN_FRAMES and rows * columns > len(frame) * (8 if kind == LOSSLESS_FRAME else 256):
+                raise Refused("a compressed frame is too short for its size; the pixel data is truncated")
             direct, alternating = content[2] >> 4, content[2] & 15
             needed = {direct} if kind == LOSSLESS_FRAME else {direct, 16 | alternating}
             if kind in HUFFMAN_FRAMES and not needed <= tables:

@@ -32,6 +32,8 @@ NAMED_MODALITIES = {"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", 
 LOCALISER = re.compile(r"(?<![A-Z])(LOCALI[SZ]ER|SCOUT|TOPOGRAM|SCANOGRAM|SURVIEW)S?(?![A-Z])")
 # No codec packs an image tighter than this many times; a header that promises more is damaged or hostile.
 MAXIMUM_COMPRESSION = 20_000
+# Pixels of one slice, four times those of the largest detectors: a codec allocates them before it looks at the data.
+MAXIMUM_SLICE = 1 << 26
 HEADER_KEYWORDS = [
     *("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Rows"),
     *("Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
@@ -135,7 +137,8 @@ def _slices(dataset: Any, file: int, file_size: int) -> tuple[list[Slice], int]:
     if dataset.get("ModalityLUTSequence"):
         raise Refused("its values are given by a look-up table; convert it to rescaled values first")
     size, num_frames = (int(rows), int(columns)), int(_number(dataset, "NumberOfFrames", 1.0))
-    if num_frames < 1 or size[0] * size[1] * num_frames > MAXIMUM_COMPRESSION * file_size:
+    pixels = size[0] * size[1]
+    if num_frames < 1 or pixels > MAXIMUM_SLICE or pixels * num_frames > MAXIMUM_COMPRESSION * file_size:
         raise Refused(f"its header promises {columns:g}x{rows:g}x{num_frames} pixels, more than the file can hold")
     description = dataset.get("SeriesDescription")
     if "PerFrameFunctionalGroupsSequence" not in dataset:

@@ -12,16 +12,18 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .geometry_t3d import VolumeReadError
 
 # Deflate packs at most 1032 to 1: a header that promises more than this many times the file is damaged or hostile.
 MAXIMUM_DEFLATE = 1040
+MAXIMUM_ITEM = 8  # bytes per number; as text, a number takes at least one
+DEFLATED = ("gzip", "gz")
 ZIP_MARKS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-META_SIZES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8}
-META_TYPES = {  # bytes per number
-    **{f"MET_{sign}{kind}": size for sign in ("", "U") for kind, size in META_SIZES.items()},
-    **{"MET_FLOAT": 4, "MET_DOUBLE": 8},
+META_TYPES = {
+    *(f"MET_{sign}{kind}" for sign in ("", "U") for kind in ("CHAR", "SHORT", "INT", "LONG", "LONG_LONG")),
+    *("MET_FLOAT", "MET_DOUBLE"),
 }
 # MetaImage fields that hold numbers: how many, given the number of axes.
 META_NUMBERS = {
@@ -93,14 +95,26 @@ def pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
     return time_index or 0
 
 
-def read_text_header(source: str) -> tuple[dict[str, str], int]:
-    """The fields of an NRRD or MetaImage header and the most bytes of voxels that its files can hold.
+class TextHeader(NamedTuple):
+    """An NRRD or MetaImage header.
+
+    Args:
+        fields: by name in lower case without spaces.
+        held: the most bytes of voxels that its files can hold.
+        packed: file, first byte and number of bytes of voxels that are deflated; None where they are not, or where
+            the header names several files.
+    """
+
+    fields: dict[str, str]
+    held: int
+    packed: tuple[str, int, int] | None
+
+
+def read_text_header(source: str) -> TextHeader:
+    """The header of an NRRD or MetaImage file.
 
     Args:
         source: path as the user gave it.
-
-    Returns:
-        Fields by name in lower case without spaces, and the number of bytes (after decompression at best).
 
     Raises:
         VolumeReadError: the header is not well formed.
@@ -134,25 +148,30 @@ def read_text_header(source: str) -> tuple[dict[str, str], int]:
             break
     if not finished and not (is_nrrd and start >= len(head)):
         raise VolumeReadError(f"{source}: its header has no end; it is damaged or another format")
-    held, raw = _held(source, fields, start)
+    data, held = _data_file(source, fields, start)
     if not is_nrrd:
         _check_meta_image(source, fields, held)
-        if not raw:
-            _check_deflated(source, fields, start)
-    return fields, held if raw else held * MAXIMUM_DEFLATE
+    deflated = fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "").lower() in DEFLATED
+    is_text = fields.get("binarydata", "").lower() == "false" or fields.get("encoding", "raw").lower() != "raw"
+    if not deflated:
+        return TextHeader(fields, held * MAXIMUM_ITEM if is_text else held, None)
+    packed = None
+    if data is not None and fields.get("lineskip", "0") == "0":
+        size = int(fields.get("compresseddatasize", 0)) or os.path.getsize(data)
+        packed = data, start if data == source else 0, size
+    return TextHeader(fields, held * MAXIMUM_DEFLATE, packed)
 
 
-def _held(source: str, fields: dict[str, str], start: int) -> tuple[int, bool]:
-    """Bytes of the file, or of the files that its header names, and whether they hold voxels uncompressed."""
+def _data_file(source: str, fields: dict[str, str], start: int) -> tuple[str | None, int]:
+    """The one file that holds the voxels, None where there are several, and the bytes that are there for them."""
     data = fields.get("elementdatafile") or fields.get("datafile") or "LOCAL"
-    held = max(0, os.path.getsize(source) - start)
-    if data.upper() != "LOCAL":
-        folder = os.path.dirname(os.path.abspath(source))
-        named = os.path.join(folder, data)
-        files = [named] if os.path.isfile(named) else [entry.path for entry in os.scandir(folder) if entry.is_file()]
-        held = sum(os.path.getsize(file) for file in files)
-    raw = fields.get("compresseddata", "false").lower() != "true" and fields.get("encoding", "raw").lower() == "raw"
-    return held, raw
+    if data.upper() == "LOCAL":
+        return source, max(0, os.path.getsize(source) - start)
+    folder = os.path.dirname(os.path.abspath(source))
+    named = os.path.join(folder, data)
+    if os.path.isfile(named):
+        return named, os.path.getsize(named)
+    return None, sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
 
 
 def _check_meta_image(source: str, fields: dict[str, str], held: int) -> None:
@@ -171,26 +190,26 @@ def _check_meta_image(source: str, fields: dict[str, str], held: int) -> None:
             raise VolumeReadError(f"{source}: its header field {name} is not {axes**power} {kind}(s); it is damaged")
     if int(fields.get("compresseddatasize", 0)) > held:
         raise VolumeReadError(f"{source}: its header promises more compressed bytes than there are; it is truncated")
-    if _element_type(fields) not in META_TYPES:
+    if fields.get("elementtype", "").removesuffix("_ARRAY") not in META_TYPES:
         raise VolumeReadError(f"{source}: its header gives no known ElementType; it is damaged")
     if not 1 <= int(fields.get("elementnumberofchannels", 1)) <= 64:
         raise VolumeReadError(f"{source}: its header gives an impossible number of channels; it is damaged")
 
 
-def _check_deflated(source: str, fields: dict[str, str], start: int) -> None:
-    """Inflate the voxels once and count them: ITK hands out uninitialised memory where that fails."""
-    path = source
-    if fields["elementdatafile"].upper() != "LOCAL":
-        path, start = os.path.join(os.path.dirname(source), fields["elementdatafile"]), 0
-    wanted = math.prod(int(size) for size in fields["dimsize"].split()) * META_TYPES[_element_type(fields)]
-    wanted *= int(fields.get("elementnumberofchannels", 1))
-    limit = int(fields.get("compresseddatasize", 0)) or None
+def check_deflated(source: str, packed: tuple[str, int, int], wanted: int) -> None:
+    """Inflate the voxels once and count them: ITK allocates what the header says, and may hand it out unfilled.
+
+    Args:
+        source: path as the user gave it.
+        packed: see `TextHeader`.
+        wanted: bytes that the header promises.
+    """
+    path, start, left = packed
     held = 0
     try:
         inflate = zlib.decompressobj(wbits=47)  # zlib or gzip, as the stream says
         with open(path, "rb") as stream:
             stream.seek(start)
-            left = limit if limit is not None else os.path.getsize(path)
             while held < wanted and left > 0 and (part := stream.read(min(left, 1 << 20))):
                 left -= len(part)
                 while part and held < wanted:
@@ -202,8 +221,12 @@ def _check_deflated(source: str, fields: dict[str, str], start: int) -> None:
         raise VolumeReadError(f"{source}: its compressed data is truncated: {held} bytes where {wanted} are needed")
 
 
-def _element_type(fields: dict[str, str]) -> str:
-    return fields.get("elementtype", "").removesuffix("_ARRAY")
-
-
-__all__ = ["MAXIMUM_DEFLATE", "archive_kind", "check_promise", "damaged", "pick_time", "read_text_header"]
+__all__ = [
+    "MAXIMUM_DEFLATE",
+    "archive_kind",
+    "check_deflated",
+    "check_promise",
+    "damaged",
+    "pick_time",
+    "read_text_header",
+]

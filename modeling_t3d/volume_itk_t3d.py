@@ -5,13 +5,14 @@
 It hands out arrays in (z, y, x) order with LPS geometry; both are turned into a Volume's here.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
 from .geometry_t3d import Volume, VolumeError, VolumeReadError
 from .volume_arithmetic_t3d import rescale
-from .volume_headers_t3d import check_promise, damaged, pick_time, read_text_header
+from .volume_headers_t3d import check_deflated, check_promise, damaged, pick_time, read_text_header
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -29,7 +30,7 @@ def read_itk(source: str, time_index: int | None) -> Volume:
         raise VolumeReadError(
             f'{source}: reading it needs SimpleITK; install it with pip install "modeling_t3d[formats]"'
         ) from None
-    fields, held = read_text_header(source)
+    header = read_text_header(source)
     shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     try:
@@ -41,7 +42,9 @@ def read_itk(source: str, time_index: int | None) -> Volume:
         if reader.GetNumberOfComponents() != 1 or "complex" in kind:
             raise VolumeReadError(f"{source}: holds {kind}, not one number per voxel; convert it first")
         bits = next((bits for bits in (8, 16, 32, 64) if str(bits) in kind), 8)
-        check_promise(source, shape, bits // 8, held)
+        check_promise(source, shape, bits // 8, header.held)
+        if header.packed is not None:
+            check_deflated(source, header.packed, math.prod(shape) * bits // 8)
         time = pick_time(source, shape, time_index)
         if dimension > 3:
             reader.SetExtractSize([*shape[:3], *[0] * (dimension - 3)])
@@ -55,7 +58,7 @@ def read_itk(source: str, time_index: int | None) -> Volume:
         raise damaged(source, "NRRD or MetaImage", error) from None
     finally:
         SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
-    oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(fields)
+    oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(header.fields)
     notes = () if oriented else ("the header gives no orientation: the axes are taken as left, posterior, superior",)
     return Volume(volume.array, volume.affine, source=source, warnings=notes)
 

@@ -168,6 +168,22 @@ def test_itk_formats_agree_with_nifti(tmp_path, scan, suffix, compressed):
     np.testing.assert_allclose(canonical.affine, expected.affine, atol=1e-5)
 
 
+def test_numbers_written_as_text_and_lines_before_packed_voxels(tmp_path):
+    """Both take fewer bytes than the header's type times its size."""
+    values = np.arange(24.0).reshape(2, 3, 4)
+    text = " ".join(f"{value:g}" for value in values.ravel())
+    nrrd = "NRRD0004\ntype: double\ndimension: 3\nsizes: 4 3 2\nencoding: ascii\n\n"
+    meta = "NDims = 3\nBinaryData = False\nDimSize = 4 3 2\nElementType = MET_DOUBLE\nElementDataFile = LOCAL\n"
+    (tmp_path / "text.nrrd").write_text(nrrd + text)
+    (tmp_path / "text.mha").write_text(meta + text + "\n")
+    packed = b"a line to skip\n" + gzip.compress(values.astype("<f8").tobytes())
+    (tmp_path / "skip.raw.gz").write_bytes(packed)
+    header = nrrd.replace("encoding: ascii\n\n", "encoding: gzip\nendian: little\n")
+    (tmp_path / "skip.nhdr").write_text(f"{header}line skip: 1\ndata file: skip.raw.gz\n")
+    for name in ("text.nrrd", "text.mha", "skip.nhdr"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).array, values)
+
+
 def test_colour_and_complex_are_refused(tmp_path, scan):
     for array in (scan.astype(np.complex64), np.zeros((2, 3, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])):
         with pytest.raises(VolumeReadError, match="not one number per voxel"):
