@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_t3d import T3DConfig, T3DForPreTraining, T3DImageProcessor, T3DProcessor, T3DVisionModel
+from modeling_t3d.data.augmentation import AugmentingCollator, BatchAugmentation
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
@@ -107,7 +108,8 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     model.config.provenance = provenance(facts)
     shared = {
         "image_processor": processor.image_processor,
-        "cache_dir": data.cache_dir or Path(data.manifest).parent / "prepared",
+        "cache_dir": None if data.store else data.cache_dir or Path(data.manifest).parent / "prepared",
+        "store": data.store,
         "keep_global_views": data.keep_global_views,
         "seed": training.seed,
     }
@@ -116,7 +118,11 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     if data.validation_split:
         parts.append(PretrainingDataset(manifest.split(data.validation_split), **shared))
         evaluate = build_evaluation(parts[1], collator, processor, training.per_device_train_batch_size)
-    trainer = T3DTrainer(model, training, parts[0], collator, evaluate=evaluate, processor=processor, card_facts=facts)
+    options = {"evaluate": evaluate, "processor": processor, "card_facts": facts}
+    if data.augmentation:
+        options["batch_transform"] = BatchAugmentation(**data.augmentation)
+        collator = AugmentingCollator(collator, options["batch_transform"])
+    trainer = T3DTrainer(model, training, parts[0], collator, **options)
     rank, num_processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     for part in parts:
         part.prepare_all(data.num_preparation_workers, rank=rank, num_processes=num_processes)

@@ -15,9 +15,10 @@ import torch
 from testing_utils import shared_data
 from transformers import AutoModelForPreTraining, AutoProcessor, BertConfig, BertModel
 
-from modeling_t3d import T3DConfig, T3DModel, T3DVisionModel
+from modeling_t3d import T3DConfig, T3DImageProcessor, T3DModel, T3DVisionModel
 from modeling_t3d.data.phantom_files import write_phantoms
 from modeling_t3d.data.phantom_studies import phantom_seeds
+from modeling_t3d.data.store import VolumeStore
 from modeling_t3d.training.arguments import load_configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,27 @@ def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
     assert "{{" not in card
     assert str(tmp_path) not in card
     assert str(phantoms.parent) not in card
+
+
+def test_a_store_and_augmentation(pretrain, phantoms, tmp_path):
+    """Volumes from an address, views changed on the device, reports with their sides; validation sees neither."""
+    store = VolumeStore.create("memory://pretrain", T3DImageProcessor(spacing=(8, 8, 8)))
+    settings = settings_for(
+        phantoms,
+        tmp_path / "run",
+        "data.validation_split=validation",
+        "data.store=memory://pretrain",
+        "data.augmentation={probability: 1.0, flip: 1.0}",
+    )
+    assert pretrain.train(settings, resume=False) == 0
+    assert len(store) == 9
+    plain = settings_for(phantoms, tmp_path / "plain", "data.store=memory://pretrain")
+    assert pretrain.train(plain, resume=False) == 0
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines()[0] for name in ("run", "plain")]
+    losses = [json.loads(log)["loss"] for log in logs]
+    assert losses[0] != losses[1], "the changed views reached the model"
+    with pytest.raises(ValueError, match=r"augmentation\.noise must be 0 or more"):
+        pretrain.train(settings_for(phantoms, tmp_path / "bad", "data.augmentation={noise: -1}"), resume=False)
 
 
 def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path):

@@ -132,9 +132,13 @@ class DataArguments:
         num_sentence_texts (`int`, defaults to 0): further texts per volume and epoch, each one to three sentences of
             its whole report [choice].
         cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
+        store (`str`, *optional*): address of a volume store in place of `cache_dir`: a folder, `s3://...` or whatever
+            fsspec knows. Rows with a key need no source file.
         keep_global_views (`bool`, defaults to `False`): keep global views there too, in whole HU; a step then cuts
             local views alone [choice].
         num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
+        augmentation (`dict`):
+            Arguments of [`~modeling_t3d.data.augmentation.BatchAugmentation`], which checks them; none by default.
         name, license (`str`, *optional*): for the model card and the provenance in the configuration.
         synthetic (`bool`, defaults to `False`): the volumes are no patients but phantoms; said in the card, and once
             by whatever uses the model.
@@ -148,11 +152,17 @@ class DataArguments:
     max_report_tokens: int = 512
     num_sentence_texts: int = 0
     cache_dir: str | None = None
+    store: str | None = None
     keep_global_views: bool = False
     num_preparation_workers: int = 1
+    augmentation: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
     license: str | None = None
     synthetic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.store is not None and self.cache_dir is not None:
+            raise ConfigurationError("data.store and data.cache_dir are two places for the same volumes; set one")
 
 
 @dataclass

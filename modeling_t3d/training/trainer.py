@@ -60,6 +60,7 @@ class T3DTrainer:
         evaluate (callable, *optional*):
             Model -> metrics. Called in evaluation mode, without gradients, on every process; what it draws from
             random generators does not reach training.
+        batch_transform (callable, *optional*): batch on its device -> the model's keyword arguments; training only.
         processor (*optional*): saved with the model.
         card_facts (`dict`, *optional*): what the model card says about the data; see [`fill_model_card`].
     """
@@ -72,6 +73,7 @@ class T3DTrainer:
         collator: Callable[[list[Any]], dict[str, torch.Tensor]],
         *,
         evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        batch_transform: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         processor: Any = None,
         card_facts: dict[str, Any] | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class T3DTrainer:
         self.train_dataset = train_dataset
         self.collator = collator
         self.evaluate = evaluate
+        self.batch_transform = batch_transform or dict
         self.processor = processor
         self.card_facts = card_facts or {}
         self.accelerator = Accelerator(
@@ -237,7 +240,8 @@ class T3DTrainer:
         for position, batch in enumerate(micro_batches, start=1):
             # Gradients are averaged over processes once, with the last micro-batch.
             with nullcontext() if position == len(micro_batches) else accelerator.no_sync(self.model):
-                output = self.model(**send_to_device(batch, accelerator.device, non_blocking=True))
+                on_device = send_to_device(batch, accelerator.device, non_blocking=True)
+                output = self.model(**self.batch_transform(on_device))
                 accelerator.backward(output["loss"] / len(micro_batches))
             for name, value in output.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 0:
