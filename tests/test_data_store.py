@@ -7,8 +7,11 @@ import os
 import pickle
 import re
 import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -17,6 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from modeling_t3d.data.source_hashes import content_hash
 from modeling_t3d.data.store import StoreCorruptionError, StoredArray, StoreError, VolumeStore
@@ -331,6 +335,51 @@ def test_a_store_goes_to_other_processes(tmp_path, method):
     # Unlike a pool of multiprocessing, it raises when a worker dies.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
         assert np.array_equal(pool.submit(read_in_child, store).result(), expected)
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """Files with byte ranges, as object storage serves them."""
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        content = path.read_bytes()
+        first, last = 0, len(content) - 1
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(wanted[1]), min(int(wanted[2] or last), last)
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+        self.server.served.append((path.name, last + 1 - first))
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_store_is_read_over_a_network(tmp_path):
+    prepared = noise((64, 256, 256))
+    VolumeStore.create(tmp_path / "store", PROCESSOR).add(KEY, prepared)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(tmp_path)))
+    server.served = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        store = VolumeStore(f"http://127.0.0.1:{server.server_port}/store")
+        assert KEY in store
+        assert "0" * 40 not in store
+        store.describe(KEY)
+        server.served.clear()
+        assert np.array_equal(store.crop(KEY, (20, 60, 70), (40, 60, 60)), prepared.array[20:60, 60:120, 70:130])
+        assert sum(count for _, count in server.served) == 8 * 32 * 64 * 64 * 2, "two tiles along each axis"
+        # A loader's worker: the connection of its parent is of no use to it.
+        loader = DataLoader([0], batch_size=None, num_workers=1, collate_fn=lambda _: read_in_child(store))
+        (crop,) = loader
+        assert np.array_equal(crop, prepared.array[1:6, 2:8, 3:10])
+    finally:
+        server.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------- keys and privacy

@@ -194,10 +194,11 @@ class AugmentingCollator:
 
 def _mirrored(sample: PretrainingSample) -> PretrainingSample | None:
     """A sample whose texts have their sides exchanged; `None` if one of them cannot."""
-    text, *sentences = (swap_sides(entry) for entry in (sample.text, *sample.sentences))
-    if text is None or None in sentences:
+    texts = [swap_sides(entry) for entry in (sample.text, *sample.sentences)]
+    swapped = [entry for entry in texts if entry is not None]
+    if len(swapped) < len(texts):
         return None
-    return replace(sample, text=text, sentences=tuple(sentences), report_id=stable_id(text))
+    return replace(sample, text=swapped[0], sentences=tuple(swapped[1:]), report_id=stable_id(swapped[0]))
 
 
 __all__ = ["AugmentingCollator", "BatchAugmentation", "normal_noise", "swap_sides"]

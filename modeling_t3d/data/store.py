@@ -130,9 +130,15 @@ class VolumeStore:
         return store
 
     def _connect(self) -> None:
-        self._file_system, self._root = connect(self.url, self.storage_options)
+        self._connection, self._root = connect(self.url, self.storage_options)
         self._readers: OrderedDict[str, VolumeReader] = OrderedDict()
         self._process = os.getpid()
+
+    @property
+    def _file_system(self) -> Any:
+        if self._process != os.getpid():  # connections do not survive a fork
+            self._connect()
+        return self._connection
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -295,12 +301,11 @@ class VolumeStore:
         self._reader(key).verify()
 
     def _reader(self, key: str) -> VolumeReader:
-        if self._process != os.getpid():  # connections do not survive a fork
-            self._connect()
+        file_system = self._file_system
         reader = self._readers.get(key)
         if reader is None:
             try:
-                reader = VolumeReader(self._file_system, self._volume_path(key), key, self.url)
+                reader = VolumeReader(file_system, self._volume_path(key), key, self.url)
             except FileNotFoundError:
                 raise StoreError(f"{self.url}: no volume {key}; prepare its source and add it") from None
             self._readers[key] = reader
