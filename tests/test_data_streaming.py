@@ -231,20 +231,28 @@ def test_states_and_settings_that_do_not_fit_are_refused():
         next(iter(stream))
 
 
-def test_the_state_inside_a_worker_is_its_own():
-    """What torchdata's StatefulDataLoader does: each worker's state goes back to the same worker."""
-    stream = StreamingDataset(WorkerStates(12), 1, shuffle=False, collator=worker_state)
-    states = list(DataLoader(stream, batch_size=None, num_workers=2))[:6]
-    assert [state["next_batch"] for state in states] == [2, 3, 4, 5, 6, 7]
+def worker_state(batch) -> tuple:
+    """The batch, and where its worker stands."""
+    return [key[2] for key in batch], torch.utils.data.get_worker_info().dataset.state_dict()
+
+
+def test_workers_keep_states_of_their_own():
+    """As torchdata's StatefulDataLoader has it: each worker's state goes back to the same worker."""
+
+    def load(states=None) -> list:
+        stream = StreamingDataset(Keys(24), 2, collator=worker_state, seed=6)
+
+        def restore(worker: int) -> None:
+            if states:
+                torch.utils.data.get_worker_info().dataset.load_state_dict(states[worker])
+
+        return list(DataLoader(stream, batch_size=None, num_workers=2, worker_init_fn=restore))
+
+    whole = load()
+    before = whole[:6]
+    states = [before[-2][1], before[-1][1]]  # six batches: each worker has given three
     assert {state["num_workers"] for state in states} == {2}
-
-
-class WorkerStates(Keys):
-    pass
-
-
-def worker_state(batch):
-    return torch.utils.data.get_worker_info().dataset.state_dict()
+    assert [batch for batch, _ in before + load(states)] == [batch for batch, _ in whole]
 
 
 # ---------------------------------------------------------------------------------------------- on a store

@@ -83,8 +83,9 @@ class StreamingDataset(IterableDataset):
 
     A batch is cut between the processes; whole batches go to loader workers in turn, so that the order does not depend
     on their number. Use it with `DataLoader(..., batch_size=None)`, which need not be prepared by Accelerate, or with
-    [`StreamingLoader`], whose state fits any number of workers. Inside torchdata's `StatefulDataLoader` each worker
-    keeps its own state.
+    [`StreamingLoader`], which moves on to the next epoch by itself and whose state fits any number of workers. Other
+    loaders start their workers anew for each epoch: call `set_epoch` before it. Inside torchdata's
+    `StatefulDataLoader` each worker keeps its own state.
 
     Args:
         dataset ([`KeyedSamples`]): is asked for (epoch, position of the batch, sample).
