@@ -89,8 +89,8 @@ class VolumeStore:
         url: str | Path,
         image_processor: Any,
         *,
-        codec: str = "none",
-        tile: tuple[int, int, int] = TILE,
+        codec: str | None = None,
+        tile: tuple[int, int, int] | None = None,
         exist_ok: bool = True,
         storage_options: dict[str, Any] | None = None,
     ) -> "VolumeStore":
@@ -100,18 +100,19 @@ class VolumeStore:
         Args:
             url, storage_options: as for opening.
             image_processor (`T3DImageProcessor`): whose preparation the volumes share.
-            codec (`"none"` or `"zstd"`, defaults to `"none"`):
-                `"none"` reads fastest; `"zstd"` takes less than half the space for CT and needs the extra `store`.
-            tile (three ints, z y x): voxels that are read, checked and compressed together.
+            codec (`"none"` or `"zstd"`, *optional*):
+                `"none"`, which a new store gets by default, reads fastest; `"zstd"` takes less than half the space
+                for CT and needs the extra `store`.
+            tile (three ints, z y x, *optional*): voxels that are read, checked and compressed together.
             exist_ok (`bool`, defaults to `True`): open a store that is already there, if its settings are the same.
         """
-        if codec not in CODECS:
+        if codec not in (None, *CODECS):
             raise StoreError(f"codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
         settings = {
             "format": _FORMAT,
             "preparation": json.loads(preparation_text(image_processor.preparation_key())),
-            "codec": codec,
-            "tile": list(tile),
+            "codec": codec or CODECS[0],
+            "tile": tile or TILE,
         }
         file_system, root = connect(str(url), storage_options or {})
         path = posixpath.join(root, "store.json")
@@ -122,10 +123,10 @@ class VolumeStore:
             raise StoreError(f"{url}: there is a store already; open it with VolumeStore, or choose another address")
         store = cls(url, storage_options=storage_options)
         store.require(image_processor)
-        if (store.codec, store.tile) != (codec, tuple(tile)):
+        if codec not in (None, store.codec) or (tile is not None and tuple(tile) != store.tile):
             raise StoreError(
-                f"{url}: the store has codec {store.codec!r} and tiles of {store.tile} voxels, not {codec!r} and "
-                f"{tuple(tile)}; pass its own or choose another address"
+                f"{url}: the store has codec {store.codec!r} and tiles of {store.tile} voxels; leave them to it or "
+                "choose another address"
             )
         return store
 
