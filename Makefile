@@ -24,7 +24,7 @@ $(INSTALLED): setup.py Makefile
 QUICKSTART := outputs/quickstart
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/make_phantoms.py --output $(QUICKSTART)/phantoms --train 2400 --validation 100 --test 300 \
-		--masks --uncompressed --num-workers $(WORKERS)
+		--masks test --uncompressed --num-workers $(WORKERS)
 	$(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(WORKERS) \
 		examples/pretrain.py --config examples/configs/quickstart.yaml
 	$(BIN)/python examples/evaluate_phantoms.py --model $(QUICKSTART)/run/model \

@@ -131,7 +131,7 @@ def prepare_phantoms(
     seeds = [seed for split in SPLITS for seed in phantom_seeds(split, counts[split])]
     workers = max(1, min(num_threads, settings.data.num_preparation_workers))
     folder = Path(settings.data.manifest).parent
-    write_phantoms(folder, seeds, workers, compress=False, masks=True, resolution=resolution)
+    write_phantoms(folder, seeds, workers, compress=False, masks=("test",), resolution=resolution)
     for part in load_splits(settings, T3DImageProcessor(**settings.image_processor)).values():
         part.prepare_all(workers if workers > 1 else 0)
 

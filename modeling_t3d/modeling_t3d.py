@@ -7,6 +7,7 @@ Encoders stand in `encoders_t3d`, the losses and everything that crosses ranks i
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from math import log
 from os import PathLike
@@ -419,7 +420,9 @@ class T3DModel(T3DPreTrainedModel):
         features, maps = output.pooler_output, None
         fuses = self.config.view_fusion != "global"
         if local_pixel_values is not None and (fuses or output_local_hidden_state):
-            maps, local_mask = self.encode_local_views(local_pixel_values, local_mask)
+            # Running batch statistics are those of the views that the embedding rests on: crops would blur them.
+            with nullcontext() if fuses else frozen_batch_norm_statistics(self.vision_model):
+                maps, local_mask = self.encode_local_views(local_pixel_values, local_mask)
             if len(maps) != len(features):
                 raise ValueError(f"{len(features)} global views, but local views of {len(maps)} volumes")
         if fuses:
@@ -664,7 +667,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
 
     def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
         """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
-        return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
+        with frozen_batch_norm_statistics(self.t3d.visual_projection):  # they are those of pooled volumes
+            return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
 
     def multi_view_alignment_loss(
         self,

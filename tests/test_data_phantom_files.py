@@ -83,3 +83,10 @@ def test_workers_write_the_same_files(tmp_path):
     assert one.read_bytes() == two.read_bytes()
     for path in sorted((tmp_path / "one" / "volumes").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / "volumes" / path.name).read_bytes()
+
+
+def test_masks_of_some_splits(tmp_path):
+    seeds = [*phantom_seeds("train", 1), *phantom_seeds("test", 1)]
+    rows = read_manifest(write_phantoms(tmp_path, seeds, shape=(14, 14, 14), masks=("test",))).rows
+    assert [sorted(row.masks) for row in rows] == [[], ["lesions", "organs"]]
+    assert len(list((tmp_path / "masks").iterdir())) == 2

@@ -143,6 +143,21 @@ def test_attention_fusion_ignores_the_order_of_views_but_not_their_place():
         model.get_image_features(batch["pixel_values"], batch["local_pixel_values"])
 
 
+@pytest.mark.parametrize(("fusion", "same"), [("global", True), ("mean", False)])
+def test_running_statistics_are_those_of_the_views_that_the_embedding_rests_on(fusion, same):
+    statistics = []
+    for with_views in (False, True):
+        torch.manual_seed(0)
+        batch = tiny_batch() if with_views else {k: v for k, v in tiny_batch().items() if "local" not in k}
+        overrides = {"lambda_tma": float(with_views), "view_fusion": fusion, "projection_norm": "batch"}
+        model = T3DForPreTraining(tiny_config(vision_config={"norm": "batch"}, **overrides)).train()
+        model(**batch)
+        buffers = dict(model.t3d.vision_model.named_buffers())
+        statistics.append([values.clone() for name, values in buffers.items() if name.endswith("running_mean")])
+    assert statistics[0]
+    assert all(torch.equal(one, other) for one, other in zip(*statistics, strict=True)) is same
+
+
 def test_padding_is_not_encoded():
     model, batch = T3DForPreTraining(tiny_config()), tiny_batch()
     batch["local_mask"] = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()

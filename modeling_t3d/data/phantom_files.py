@@ -6,7 +6,7 @@ import csv
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -39,7 +39,11 @@ class WritePlan:
     resolution: float
     shape: tuple[int, int, int] | None
     compress: bool
-    masks: bool
+    masks: bool | Collection[str]
+
+    def has_masks(self, seed: int) -> bool:
+        """Whether this study's label maps are wanted."""
+        return self.masks if isinstance(self.masks, bool) else phantom_split(seed) in self.masks
 
 
 def write_phantoms(
@@ -48,7 +52,7 @@ def write_phantoms(
     num_workers: int = 1,
     *,
     compress: bool = True,
-    masks: bool = False,
+    masks: bool | Collection[str] = False,
     resolution: float = NOMINAL_RESOLUTION,
     shape: tuple[int, int, int] | None = None,
 ) -> Path:
@@ -61,7 +65,9 @@ def write_phantoms(
         seeds (`Iterable[int]`): the studies; `phantom_seeds` gives those of a split.
         num_workers (`int`): processes. More than one needs the caller's script to be importable, as `spawn` does.
         compress (`bool`): `.nii.gz` instead of `.nii`.
-        masks (`bool`): also write the label maps of lesions and organs, named in the column `masks`.
+        masks (`bool` or names of splits):
+            Also write the label maps of lesions and organs, named in the column `masks`, of all studies or of those
+            of some splits.
         resolution, shape: as in `generate_phantom`.
     """
     seeds = list(seeds)
@@ -76,7 +82,7 @@ def write_phantoms(
         rows = [write_study(plan, seed) for seed in seeds]
     manifest = folder / "manifest.csv"
     columns = ["volume", "findings", "impression", "patient_id", "study_id", "split"]
-    columns += ["masks"] * masks + [f"label:{name}" for name in FINDINGS]
+    columns += ["masks"] * bool(masks) + [f"label:{name}" for name in FINDINGS]
     partial = folder / ".partial-manifest.csv"
     with open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -111,7 +117,7 @@ def write_study(plan: WritePlan, seed: int) -> dict[str, Any]:
     """Write one study's files unless they are there, and return its row of the manifest."""
     suffix = ".nii.gz" if plan.compress else ".nii"
     names = {"volume": f"volumes/phantom-{seed:08d}{suffix}"}
-    if plan.masks:
+    if plan.has_masks(seed):
         for kind in ("lesions", "organs"):
             names[kind] = f"masks/phantom-{seed:08d}-{kind}.nii.gz"
     there = all((plan.folder / name).exists() for name in names.values())
@@ -130,7 +136,7 @@ def write_study(plan: WritePlan, seed: int) -> dict[str, Any]:
         "study_id": phantom.study_id,
         "split": phantom_split(seed),
     }
-    if plan.masks:
+    if plan.has_masks(seed):
         row["masks"] = json.dumps({kind: names[kind] for kind in ("lesions", "organs")})
     return row | {f"label:{name}": value for name, value in phantom.labels.items()}
 
