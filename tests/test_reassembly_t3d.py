@@ -34,14 +34,12 @@ def make_processor(**changes) -> T3DImageProcessor:
 
 def tiles_of(array: np.ndarray, boxes) -> list[torch.Tensor]:
     """What a model that knows the truth says about each tile: (..., d, h, w) cut out of (..., D, H, W)."""
-    pad = [(0, 0)] * (array.ndim - 3) + [(40, 40)] * 3
-    padded = np.pad(array, pad, mode="edge")
-    return [
-        torch.from_numpy(
-            padded[(..., *(slice(a + 40, b + 40) for a, b in zip(box.start, box.stop, strict=True)))].copy()
-        )
-        for box in boxes
-    ]
+    tiles = []
+    for box in boxes:
+        bounds = zip(box.start, box.stop, array.shape[-3:], strict=True)
+        index = np.ix_(*(np.arange(start, stop).clip(0, size - 1) for start, stop, size in bounds))
+        tiles.append(torch.from_numpy(array[(..., *index)].copy()))
+    return tiles
 
 
 def world_of(grid: Grid) -> np.ndarray:
@@ -109,9 +107,10 @@ def test_geometry_of_a_call_serves_like_the_prepared_volume():
 # ------------------------------------------------------------------------------------------ half a voxel
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     number=st.integers(0, 47),
+    axis=st.integers(0, 2),
     spacing=st.tuples(*[st.sampled_from([0.8, 1.0, 1.5, 2.3])] * 3),
     model_spacing=st.tuples(*[st.sampled_from([1.0, 1.7])] * 3),
     shape=st.tuples(*[st.integers(5, 24)] * 3),
@@ -119,7 +118,7 @@ def test_geometry_of_a_call_serves_like_the_prepared_volume():
     degrees=st.sampled_from([0, 17]),
     deoblique=st.booleans(),
 )
-def test_round_trip_is_within_half_a_voxel(number, spacing, model_spacing, shape, overlap, degrees, deoblique):
+def test_round_trip_is_within_half_a_voxel(number, axis, spacing, model_spacing, shape, overlap, degrees, deoblique):
     """Every voxel says where it is: world coordinates as features, the number of a voxel along each axis as labels."""
     array = np.random.default_rng(0).integers(0, 1000, shape).astype(np.int16)
     affine = rotation(degrees, (1, 2, 3)) @ upright_affine(spacing, (13.7, -21.1, 301.3))
@@ -144,15 +143,14 @@ def test_round_trip_is_within_half_a_voxel(number, spacing, model_spacing, shape
     here = world_of(Grid(volume.shape, volume.affine))
     assert offsets(result.array, here).max() < tolerance
     places = np.tensordot(np.linalg.inv(processed.affine)[:3], np.concatenate([here, here[:1] * 0 + 1]), 1)
-    for axis in range(3):
-        length = processed.shape[axis]
-        numbers = np.arange(length).reshape([-1 if other == axis else 1 for other in range(3)])
-        labels = np.broadcast_to(numbers, processed.shape)
-        found = processor.reassemble(tiles_of(labels, boxes), prepared, "labels").array
-        assert np.abs(found - places[axis]).max() < tolerance
-        logits = np.eye(length, dtype=np.float32)[labels].transpose(3, 0, 1, 2)
-        found = processor.reassemble(tiles_of(logits, boxes), prepared, "logits").array
-        assert np.abs(found - places[axis]).max() < tolerance
+    length = processed.shape[axis]
+    numbers = np.arange(length).reshape([-1 if other == axis else 1 for other in range(3)])
+    labels = np.broadcast_to(numbers, processed.shape)
+    found = processor.reassemble(tiles_of(labels, boxes), prepared, "labels").array
+    assert np.abs(found - places[axis]).max() < tolerance
+    logits = np.eye(length, dtype=np.float32)[labels].transpose(3, 0, 1, 2)
+    found = processor.reassemble(tiles_of(logits, boxes), prepared, "logits").array
+    assert np.abs(found - places[axis]).max() < tolerance
 
 
 @pytest.mark.parametrize("stride", [(1, 2, 2), (4, 4, 4), (2, 3, 6)])
