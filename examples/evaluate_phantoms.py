@@ -66,6 +66,7 @@ def main() -> None:
         train=splits["train"],
         validation=splits["validation"],
         collator=PretrainingCollator(processor),
+        batch_size=32,
         read_volume=read_volume,
         lesion_values={name: FINDINGS[name].index for name in GROUPS["focal"]},
         groups=GROUPS,

@@ -60,11 +60,12 @@ def boxes_from_affines(
     return np.stack(boxes)
 
 
-def _cell_edges(start: float, stop: float, num_cells: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and one-past-last mask voxel that each cell along one axis overlaps, clipped to the mask's size."""
-    edges = np.linspace(start, stop, num_cells + 1)
-    first = np.floor(edges[:-1] + EDGE_TOLERANCE)
-    last = np.ceil(edges[1:] - EDGE_TOLERANCE)
+def _cell_edges(starts: np.ndarray, stops: np.ndarray, num_cells: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last mask voxel that each cell of each view overlaps along one axis, clipped to the mask's
+    size; two arrays of shape `(views, num_cells)`."""
+    edges = np.linspace(starts, stops, num_cells + 1, axis=1)
+    first = np.floor(edges[:, :-1] + EDGE_TOLERANCE)
+    last = np.ceil(edges[:, 1:] - EDGE_TOLERANCE)
     return np.clip(first, 0, size).astype(np.int64), np.clip(last, 0, size).astype(np.int64)
 
 
@@ -94,18 +95,17 @@ def tokens_touching(mask: np.ndarray, boxes: np.ndarray, grid: Sequence[int]) ->
     total = np.pad(np.asarray(mask) != 0, ((1, 0),) * 3).astype(np.int64)
     for axis in range(3):
         total = total.cumsum(axis=axis)
-    touched = np.zeros((len(boxes), *grid), dtype=bool)
-    for view, box in enumerate(np.asarray(boxes, dtype=np.float64)):
-        (z0, z1), (y0, y1), (x0, x1) = (
-            _cell_edges(box[axis], box[axis + 3], grid[axis], mask.shape[axis]) for axis in range(3)
-        )
-        count = 0
-        for z, z_sign in ((z1, 1), (np.minimum(z0, z1), -1)):
-            for y, y_sign in ((y1, 1), (np.minimum(y0, y1), -1)):
-                for x, x_sign in ((x1, 1), (np.minimum(x0, x1), -1)):
-                    count = count + z_sign * y_sign * x_sign * total[np.ix_(z, y, x)]
-        touched[view] = count > 0
-    return touched
+    boxes = np.asarray(boxes, dtype=np.float64)
+    (z0, z1), (y0, y1), (x0, x1) = (
+        _cell_edges(boxes[:, axis], boxes[:, axis + 3], grid[axis], mask.shape[axis]) for axis in range(3)
+    )
+    count = np.zeros((len(boxes), *grid), dtype=np.int64)
+    for z, z_sign in ((z1, 1), (np.minimum(z0, z1), -1)):
+        for y, y_sign in ((y1, 1), (np.minimum(y0, y1), -1)):
+            for x, x_sign in ((x1, 1), (np.minimum(x0, x1), -1)):
+                corner = total[z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]]
+                count += z_sign * y_sign * x_sign * corner
+    return count > 0
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def localisation_case(
 
 
 def attention_of_texts(
-    model: Any, tokenizer: Any, texts: Sequence[str], local_pixel_values: torch.Tensor, view_batch_size: int = 8
+    model: Any, tokenizer: Any, texts: Sequence[str], local_pixel_values: torch.Tensor, view_batch_size: int = 32
 ) -> np.ndarray:
     """Attention of one volume's views to each of several texts; every view is encoded once.
 
@@ -278,7 +278,7 @@ def attention_of_texts(
 
 
 def text_attention(
-    model: Any, tokenizer: Any, prompts: Sequence[str], local_pixel_values: torch.Tensor, view_batch_size: int = 8
+    model: Any, tokenizer: Any, prompts: Sequence[str], local_pixel_values: torch.Tensor, view_batch_size: int = 32
 ) -> np.ndarray:
     """Attention of one volume's views to a finding: the mean map over wordings, (S, d', h', w').
 
@@ -293,7 +293,7 @@ def evaluate_localisation(
     cases: Iterable[Mapping[str, Any]],
     prompts: Mapping[str, Sequence[tuple[str, str]]],
     *,
-    view_batch_size: int = 8,
+    view_batch_size: int = 32,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
