@@ -179,9 +179,11 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
 
     def global_values(self, prepared: PreparedVolume) -> torch.Tensor:
         """The global view before windows: (depth, height, width), float32, in the volume's unit."""
-        return self._cut_global(prepared, lambda values: values[None])[0]
+        return self._cut_global(prepared, 1, lambda values, out: out[0].copy_(values))[0]
 
-    def _cut_global(self, prepared: PreparedVolume, scale: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _cut_global(
+        self, prepared: PreparedVolume, num_channels: int, scale: Callable[[torch.Tensor, torch.Tensor], Any]
+    ) -> torch.Tensor:
         samplings, allowed = self._global_frame(prepared)
         if self.global_fit == "crop":
             _, lost = frame_loss(prepared, samplings, allowed)
@@ -190,12 +192,15 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
                     f"{prepared.source or 'a volume'}: global_fit='crop' leaves {lost} voxels of the body out of the "
                     "global view; use global_fit='body' or a larger global_crop_extent to keep them"
                 )
-        return cut_frame(prepared, samplings, allowed, scale, self.antialias)
+        return cut_frame(prepared, samplings, allowed, num_channels, scale, self.antialias)
 
     def global_view(self, prepared: PreparedVolume, values: torch.Tensor | None = None) -> torch.Tensor:
         """The global view (channels, depth, height, width) of a prepared volume, float32; `values` are those kept."""
         if values is None:
-            return self._cut_global(prepared, lambda values: self._channels(values, prepared))
+            num_channels = len(self.windows) if prepared.value_range is None else 1
+            return self._cut_global(
+                prepared, num_channels, lambda values, out: self._channels(values, prepared, out=out)
+            )
         return self._channels(values, prepared)
 
     def geometry(self, prepared: PreparedVolume, boxes: Sequence[Box] = ()) -> ViewGeometry:

@@ -152,6 +152,7 @@ def describe(processor: Any) -> str:
     if processor.spacing is not None:
         spacing = " x ".join(f"{step:g}" for step in processor.spacing) + " mm"
     oblique = "resampled to the world axes" if processor.deoblique else "keep their rotation (nearest axes)"
+    averaged = "averaged over the new voxel when downsampling" if processor.antialias else "never averaged"
     fit = {
         "body": "the body's bounding box, scaled by one factor and padded with what lies outside",
         "crop": f"a {processor.global_crop_extent:g} mm cube around the body's centre",
@@ -170,7 +171,7 @@ def describe(processor: Any) -> str:
         f"obliques      {oblique}; exactly 45 degrees is refused",
         "tilt, shear   resampled to right angles; uneven slices to even ones, or refused with their positions",
         *_describe_values(processor),
-        f"model grid    {spacing} (z y x), trilinear, averaged over the new voxel when downsampling",
+        f"model grid    {spacing} (z y x), trilinear, {averaged}",
         f"global view   {sizes[0]} voxels: {fit}",
         f"local views   {sizes[1]} voxels on the uncropped model grid; {processor.num_local_views} per volume in "
         f"training, {sampling}",

@@ -208,7 +208,8 @@ def cut_frame(
     prepared: PreparedVolume,
     samplings: Sequence[AxisSampling],
     allowed: Box,
-    scale: Callable[[torch.Tensor], torch.Tensor],
+    num_channels: int,
+    scale: Callable[[torch.Tensor, torch.Tensor], Any],
     antialias: bool = True,
 ) -> torch.Tensor:
     """Samples a volume on a frame; samples centred outside the allowed voxels are the volume's outside value.
@@ -219,8 +220,9 @@ def cut_frame(
         prepared (`PreparedVolume`): the volume.
         samplings (three `AxisSampling`, z y x): of the frame, in voxels of the volume.
         allowed (`Box`): voxels that may be used.
-        scale (`Callable`): values (depth, height, width) in the volume's unit to channels (channels, depth, height,
-            width), voxel by voxel.
+        num_channels (`int`): of the result.
+        scale (`Callable`): takes values (depth, height, width) in the volume's unit, and puts what becomes of them,
+            voxel by voxel, into its second argument (channels, depth, height, width).
         antialias (`bool`, defaults to `True`): average over the frame's voxels where they are larger.
 
     Returns:
@@ -241,14 +243,15 @@ def cut_frame(
         stop.append(max(min(allowed.stop[axis], math.ceil(positions[last] + reach) + 1), start[-1] + 1))
         inner.append(AxisSampling(float(positions[first]) - start[axis], sampling.step, len(used)))
     voxels = prepared.array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-    beyond = scale(torch.full((1, 1, 1), float(prepared.outside)))
-    frame = torch.empty(beyond.shape[0], *(sampling.count for sampling in samplings))
+    frame = torch.empty(num_channels, *(sampling.count for sampling in samplings))
     if any(sampling.count != part.count for sampling, part in zip(samplings, inner, strict=True)):
+        beyond = torch.empty(num_channels, 1, 1, 1)
+        scale(torch.full((1, 1, 1), float(prepared.outside)), beyond)
         frame[:] = beyond
     inside = frame[:, where[0], where[1], where[2]]
 
     def deliver(z: int, plane: torch.Tensor) -> None:
-        inside[:, z] = scale(plane[None])[:, 0]
+        scale(plane[None], inside[:, z : z + 1])
 
     resample_array(voxels, inner, deliver, antialias)
     return frame

@@ -164,6 +164,9 @@ class PlaneResampler:
         self._waiting = list(outputs) if descending else list(reversed(outputs))  # the next one is the last
         self._blocks_y = None if _is_whole(along_y, height) else _axis_blocks(height, along_y, antialias)
         self._blocks_x = None if _is_whole(along_x, width) else _axis_blocks(width, along_x, antialias)
+        # Whether a held plane could be handed out as it is and still be needed by another output plane.
+        handed_out = along_z.count > depth or (self._blocks_y is None and self._blocks_x is None)
+        self._shares = handed_out and not _is_whole(along_z, depth)
         # The axis that shrinks most goes first: the others then work on less.
         self._slices_first = along_z.count <= depth
         self._rows_first = along_y.count * width <= along_x.count * height
@@ -197,7 +200,7 @@ class PlaneResampler:
     def _emit(self, z: int, taps: Sequence[tuple[int, float]]) -> None:
         (first, weight), *others = taps
         values = self._held[first]
-        if others or not self._slices_first or self._blocks_x is self._blocks_y is None:
+        if others or self._shares:
             values = torch.mul(values, weight, out=self._sum)
             for index, weight in others:
                 values.add_(self._held[index], alpha=weight)
