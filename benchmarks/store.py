@@ -27,7 +27,7 @@ from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.prepared_volume_t3d import PreparedVolume
 from modeling_t3d.volume_transforms_t3d import whole_volume_mask
 
-KEYS = tuple(f"{number:040x}" for number in range(16))
+KEYS = tuple(f"{number:040x}" for number in range(4))
 Crop = Callable[[tuple[int, ...]], np.ndarray]
 
 
