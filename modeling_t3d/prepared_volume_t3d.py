@@ -21,7 +21,7 @@ import torch
 
 from .geometry_t3d import Box, Grid, VolumeGeometryError, spacing_from_affine
 from .intensity_t3d import AIR
-from .resample_t3d import AxisSampling, resample_array
+from .resample_t3d import SMALL, AxisSampling, resample_array, resample_whole
 from .volume_transforms_t3d import BodyMask
 
 
@@ -249,6 +249,9 @@ def cut_frame(
         scale(torch.full((1, 1, 1), float(prepared.outside)), beyond)
         frame[:] = beyond
     inside = frame[:, where[0], where[1], where[2]]
+    if voxels.size < SMALL:
+        scale(resample_whole(torch.from_numpy(voxels.astype(np.float32)), inner, antialias), inside)
+        return frame
 
     def deliver(z: int, plane: torch.Tensor) -> None:
         scale(plane[None], inside[:, z : z + 1])

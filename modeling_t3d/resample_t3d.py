@@ -333,14 +333,14 @@ def resample(volume: torch.Tensor, samplings: Sequence[AxisSampling], antialias:
     ```
     """
     if volume.device.type != "cpu":
-        return _resample_on_device(volume, samplings, antialias)
+        return resample_whole(volume, samplings, antialias)
     result = torch.empty([sampling.count for sampling in samplings])
     resample_array(volume.detach().numpy(), samplings, lambda z, plane: result[z].copy_(plane), antialias)
     return result
 
 
-def _resample_on_device(volume: torch.Tensor, samplings: Sequence[AxisSampling], antialias: bool) -> torch.Tensor:
-    """The same products on whole volumes: a GPU wants few large ones, and has the memory next to its arithmetic."""
+def resample_whole(volume: torch.Tensor, samplings: Sequence[AxisSampling], antialias: bool) -> torch.Tensor:
+    """The same products on whole volumes, few and large: for GPUs, and for volumes so small that calls cost most."""
     order = sorted(range(3), key=lambda axis: samplings[axis].count / volume.shape[axis])
     with torch.autocast(volume.device.type, enabled=False):
         volume = volume.to(torch.float32)
@@ -409,6 +409,7 @@ __all__ = [
     "deoblique",
     "resample",
     "resample_array",
+    "resample_whole",
     "run_single_threaded",
     "sampled_affine",
     "spacing_sampling",
