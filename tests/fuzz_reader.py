@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import process_memory
 
 SHAPE = (3, 32, 40)  # JPEG 2000 needs 32 pixels
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -137,7 +138,7 @@ def run(folder: Path, first: int, count: int) -> dict:
         "refused": sum(refused for _, refused in counts.values()),
         "slowest_seconds": slowest[0],
         "slowest_case": slowest[1],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": process_memory.peak(),
         "seeds": counts,
     }
 

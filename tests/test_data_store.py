@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from counting_file_system import CountingFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -31,23 +31,6 @@ from modeling_t3d.volume_transforms_t3d import whole_volume_mask
 KEY = "0123456789abcdef0123456789abcdef01234567"
 PROCESSOR = T3DImageProcessor(spacing=(3, 3, 3), global_size=(8, 16, 16), local_size=(8, 16, 16))
 TILE = (4, 8, 8)
-
-
-class CountingFileSystem(MemoryFileSystem):
-    """Object storage in memory that keeps account of what is read."""
-
-    protocol = "counting"
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-    reads: list = []  # noqa: RUF012
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        content = super().cat_file(path, start=start, end=end, **kwargs)
-        self.reads.append((path, start, len(content)))
-        return content
-
-
-fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
 
 
 def noise(shape=(17, 30, 37), seed=0, dtype=np.int16) -> PreparedVolume:

@@ -5,7 +5,6 @@
 import gzip
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_writer import multi_frame_elements, write_encoded, write_series, write_slice
+from process_memory import peak, reset_peak
 
 from modeling_t3d.geometry_t3d import VolumeIntensityError
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
@@ -31,6 +31,7 @@ SHAPE = (3, 32, 40)
 # read of a small file of each kind has loaded those.
 CHILD = """
 import json, resource, sys, time
+from process_memory import peak, reset_peak
 from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
 
 paths, warm, allowance = json.loads(sys.argv[1])
@@ -40,14 +41,13 @@ used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if
 resource.setrlimit(resource.RLIMIT_AS, (used + allowance,) * 2)
 result = {}
 for path in paths:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = reset_peak(), time.process_time()
     try:
         read_volume(path)
         message = "was read"
     except VolumeReadError as error:
         message = str(error)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    result[path] = [message, time.process_time() - start, grown * 1024]
+    result[path] = [message, time.process_time() - start, peak() - before]
 print(json.dumps(result))
 """
 
@@ -132,7 +132,7 @@ def write_moderate_promises(folder: Path) -> tuple[list[str], list[str]]:
 def test_promises_are_refused_without_allocating_them(tmp_path, write):
     bad, good = write(tmp_path)
     allowance = 256 << 20
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", CHILD, json.dumps([bad, good, allowance])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -149,11 +149,11 @@ def test_a_deflated_stream_that_never_ends_is_cut_off(tmp_path):
     image = nibabel.Nifti1Image(np.zeros((4, 4, 4), dtype=np.int16), np.eye(4))
     bomb = gzip.compress(image.to_bytes() + bytes(64 << 20))
     (tmp_path / "bomb.nii.gz").write_bytes(bomb)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = reset_peak()
     start = time.process_time()
     read_volume(tmp_path / "bomb.nii.gz")
     assert time.process_time() - start < 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+    assert peak() - before < 32 << 20
 
 
 def write_archives(folder: Path, content: bytes) -> dict[str, str]:
