@@ -2,7 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """The peak memory of this process; `getrusage` would start from that of the process which launched it (Linux)."""
 
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def reset_peak() -> int:
@@ -14,6 +19,21 @@ def reset_peak() -> int:
 def peak() -> int:
     """Most bytes that were resident since the process began, or since the last reset."""
     return _status("VmHWM")
+
+
+def allocated_peak(function: Callable[[], Any]) -> int:
+    """Most bytes that torch and numpy allocated at once above what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        tracemalloc.start()
+        function()
+        numpy_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    level = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak + numpy_peak
 
 
 def _status(field: str) -> int:

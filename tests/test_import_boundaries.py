@@ -83,7 +83,15 @@ ALLOWED = {
     "processing_t3d": {"image_processing_t3d"},
     "layers_t3d": {"configuration_t3d", "encoders_t3d"},
     "modeling_outputs_t3d": set(),
-    "modeling_t3d": {"configuration_t3d", "encoders_t3d", "layers_t3d", "loss_t3d", "modeling_outputs_t3d"},
+    "pretrained_model_t3d": {"configuration_t3d", "encoders_t3d", "layers_t3d"},
+    "modeling_t3d": {
+        "configuration_t3d",
+        "encoders_t3d",
+        "layers_t3d",
+        "loss_t3d",
+        "modeling_outputs_t3d",
+        "pretrained_model_t3d",
+    },
     "pipelines_t3d": {"geometry_t3d", "modeling_t3d", "processing_t3d"},
     "data": {
         "geometry_t3d",

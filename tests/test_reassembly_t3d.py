@@ -4,7 +4,6 @@
 
 import doctest
 import itertools
-import tracemalloc
 
 import nibabel
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from body_phantom import body_array, orientations, rotation, upright_affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from process_memory import allocated_peak
 from scipy.ndimage import map_coordinates
 from testing_utils import shared_data
 
@@ -332,21 +332,6 @@ def test_input_grid_survives_the_cache(tmp_path):
     assert processor.plan_views(loaded) == processor.plan_views(prepared)
 
 
-def counted_peak(function) -> int:
-    """Most bytes that torch and numpy held at once, above what there was."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        tracemalloc.start()
-        function()
-        numpy_peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    level = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak + numpy_peak
-
-
 def test_logits_of_many_classes_are_never_all_in_memory():
     """A scan four tiles high: the peak is a slab of one tile's depth and what one tile needs, not all logits."""
     num_classes, shape, size = 40, (128, 64, 64), (16, 32, 32)
@@ -362,7 +347,7 @@ def test_logits_of_many_classes_are_never_all_in_memory():
             level = torch.linspace(-1, 1, 32) * (number % 7)
             yield level.expand(num_classes, *size) * torch.arange(num_classes).reshape(-1, 1, 1, 1)
 
-    peak = counted_peak(lambda: reassemble(logits(), boxes, grid, target))
+    peak = allocated_peak(lambda: reassemble(logits(), boxes, grid, target))
     result = np.prod(target.shape)
     assert slab < peak < slab + 3 * tile + result
     assert peak < 0.3 * whole

@@ -14,6 +14,7 @@ import torch
 from body_phantom import body_array, rotation, upright_affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from process_memory import allocated_peak
 
 from modeling_t3d import local_views_t3d, tile_plan_t3d
 from modeling_t3d.geometry_t3d import Box, VolumeGeometryError, body_box
@@ -259,21 +260,6 @@ def test_lazy_views_are_the_views(batch_size, views, changes):
         processor.iterate_views(prepared, views, batch_size=0)
 
 
-def peak_bytes(function) -> int:
-    """Most bytes that torch and numpy allocated at once above what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        tracemalloc.start()
-        function()
-        numpy_peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    level = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak + numpy_peak
-
-
 def test_memory_of_grids():
     """Lazily: two tiles beyond the input. Materialised: not even the tiles twice, the input included."""
     processor, prepared = grid_case(local_size=(32, 48, 48), spacing=(2, 2, 2))
@@ -286,9 +272,9 @@ def test_memory_of_grids():
         for views in processor.iterate_views(prepared, "grid"):
             assert views.pixel_values.nbytes == tile
 
-    assert tile < peak_bytes(iterate) <= 2 * tile + slack
-    assert peak_bytes(lambda: processor.make_views(prepared, "grid")) <= num_tiles * tile + slack
-    materialised = peak_bytes(lambda: processor(prepared, views="grid"))
+    assert tile < allocated_peak(iterate) <= 2 * tile + slack
+    assert allocated_peak(lambda: processor.make_views(prepared, "grid")) <= num_tiles * tile + slack
+    materialised = allocated_peak(lambda: processor(prepared, views="grid"))
     assert materialised + prepared.array.nbytes <= 2 * num_tiles * tile
 
 

@@ -1,0 +1,131 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What all T3D models share: how weights begin, how folders are saved and load into each other, and checkpointing."""
+
+from collections.abc import Callable
+from functools import partial
+from math import log
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_t3d import T3DConfig
+from .encoders_t3d import checkpoint_counting_once, initialize_encoder_module
+from .layers_t3d import T3DMultiViewAlignment, T3DViewFusion
+
+# Transformers would name the saved class's own Auto class alone; a folder serves every model that can load from it.
+_AUTO_MAPS = {
+    "t3d": {
+        "AutoModel": "modeling_t3d.T3DModel",
+        "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
+        "AutoModelForPreTraining": "modeling_t3d.T3DForPreTraining",
+        "AutoModelForZeroShotImageClassification": "modeling_t3d.T3DModel",
+    },
+    "t3d_vision_model": {
+        "AutoModel": "modeling_t3d.T3DVisionModel",
+        "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
+    },
+}
+
+# Keys of a pre-training checkpoint carry one prefix more than those of the dual encoder.
+_PRETRAINING_PREFIX = r"^t3d\."
+
+
+class T3DPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and checkpointing shared by the T3D models."""
+
+    config: T3DConfig
+    base_model_prefix = "t3d"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    model_tags = ["medical", "3d", "volume", "t3d"]  # noqa: RUF012 - Transformers' own way to declare them
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = [  # noqa: RUF012
+        "T3DResNetBasicBlock",
+        "T3DResNetBottleneckBlock",
+        "T3DViTLayer",
+        "T3DProjectionHead",
+        "T3DViewFusionLayer",
+    ]
+    # Bare exponents: in bfloat16 the temperature itself would be off by a fraction of a per cent.
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # noqa: RUF012
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Transformers treats classes outside its own tree as unsafe and would skip modules without direct parameters.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_encoder_module(module, self.config.initializer_range)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=1.0)
+        elif isinstance(getattr(module, "logit_scale", None), nn.Parameter):
+            init.constant_(module.logit_scale, -log(self.config.gca_temperature))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.initial_logit_bias)
+        elif isinstance(module, T3DViewFusion):
+            init.xavier_uniform_(module.position_projection.weight)
+        elif isinstance(module, T3DMultiViewAlignment):
+            for projection in (
+                module.query_projection,
+                module.key_projection,
+                module.value_projection,
+                module.output_projection,
+            ):
+                init.xavier_uniform_(projection.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights; the exponents, which stay in float32, do not speak for the model."""
+        exponents = self._keep_in_fp32_modules_strict
+        names = (name for name, _ in self.named_parameters() if name.rpartition(".")[2] not in exponents)
+        return self.get_parameter(next(names)).dtype
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; the folder then answers to every Auto class that has a T3D model for it."""
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **_AUTO_MAPS[self.config.model_type]}
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike | None, *model_args, **kwargs):
+        r"""
+        As [`~transformers.PreTrainedModel.from_pretrained`], of the folder of any T3D model that holds this one's
+        parts. The lowest `num_frozen_text_layers` are frozen afterwards.
+        """
+        nests_vision_model = cls.base_model_prefix == "vision_model"
+        if nests_vision_model:
+            if isinstance(kwargs.get("config"), T3DConfig):  # what an Auto class reads in a dual encoder's folder
+                kwargs["config"] = kwargs["config"].to_vision_config()
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), _PRETRAINING_PREFIX: ""}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if nests_vision_model:
+            # Or saving this model would write the pre-training prefix back.
+            model._weight_conversions = [
+                conversion
+                for conversion in getattr(model, "_weight_conversions", None) or []
+                if _PRETRAINING_PREFIX not in conversion.source_patterns
+            ]
+        model.freeze_after_loading()
+        return loaded
+
+    def freeze_after_loading(self) -> None:
+        """Freeze what the configuration says does not train: loading makes every parameter trainable."""
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        # Without it, batch norms in a recomputed block would count the same batch twice.
+        function = partial(checkpoint_counting_once, self, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
+
+
+__all__ = ["T3DPreTrainedModel"]
