@@ -336,8 +336,9 @@ class RangeHandler(SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(last + 1 - first))
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()
-        self.wfile.write(content[first : last + 1])
+        # Counted first: who has read the answer goes on before this thread does.
         self.server.served.append((path.name, last + 1 - first))
+        self.wfile.write(content[first : last + 1])
         return None
 
     def log_message(self, *args):
