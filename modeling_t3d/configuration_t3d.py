@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Configurations of T3D and its vision tower, and the presets. Validation only: no torch, no files."""
+"""Configurations of T3D and its vision tower. Validation only: no torch, no files; presets stand in `presets_t3d`."""
 
 import difflib
 from copy import deepcopy
@@ -10,6 +10,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .presets_t3d import OBJECTIVES, PRESETS, ROBERTA_LAYOUT
 
 # What `PreTrainedConfig` accepts beyond its dataclass fields, and the keys that saving and the Hub add to a config.
 _BASE_KEYS = frozenset(
@@ -246,17 +248,29 @@ class T3DConfig(PreTrainedConfig):
         initial_logit_bias (`float`, defaults to -10.0): sigmoid only, as in SigLIP.
         soft_targets (`bool`, defaults to `False`), soft_target_rate (`float`, defaults to 0.2):
             Softens off-diagonal targets of the softmax form by the reports' correlation [habit: IMITATE].
-        lambda_gca, lambda_tma (`float`, default to 1.0): weights of the two terms [choice].
+        lambda_gca, lambda_tma, lambda_tir (`float`, default to 1.0, 1.0 and 0.0):
+            Weights of global alignment, multi-view alignment and text-informed restoration [choice]. A term of
+            weight 0 is not computed, and the model has no parameters for it.
+        gca_views (`"volume"` or `"local"`, defaults to `"volume"`):
+            What is aligned with the report: the volume's embedding, or that of each local view, summed over the
+            views, as GTGM does with its two crops [paper].
         lambda_sentences (`float`, defaults to 1.0):
             Weight of the volumes' alignment with sentences of their reports, where a batch holds any [choice].
         tma_loss (`"supcon"`): clustering loss of the multi-view alignment [choice].
         tma_temperature (`float`, defaults to 0.2): its temperature [habit: IMITATE].
-        tma_query (`"text"`, `"none"` or `"vision"`, defaults to `"text"`): what asks the views; `"none"` is the
-            control with a learnt query [choice].
+        tma_query (`"text"`, `"none"`, `"vision"` or `"mean"`, defaults to `"text"`): what asks the views; `"none"` is
+            the control with a learnt query, `"mean"` takes each view's own embedding and asks nothing [choice].
         tma_negatives (`"same_query"` or `"own_query"`, defaults to `"same_query"`): whether a candidate view is pooled
             with the anchor's query, which closes the leak, or with its own pair's [choice].
         tma_negative_pairs (`int`, *optional*): score every anchor pair against this many other pairs only.
         num_tma_heads (`int`, defaults to 8): attention heads of the text-informed pooling [choice].
+        tir_block_size (`int`, defaults to 16), tir_mask_ratio (`float`, defaults to 0.5), tir_noise (`float`, 0.1):
+            Corruption that restoration undoes: edge of the zeroed blocks in voxels, the share of them, and the
+            standard deviation of the noise in the unit of the scaled views [choice].
+        num_tir_heads (`int`, defaults to 8): attention heads of the restoration's look at the report [choice].
+        tir_decoder_channels (`list[int]`, *optional*): channels after each doubling, coarsest first; half as many as
+            before, and at least 16, by default [choice].
+        tir_norm_groups (`int`, defaults to 8): most groups of the decoder's norms [choice].
         view_fusion (`"global"`, `"mean"` or `"attention"`, defaults to `"global"`): what the volume embedding sees:
             the global view, the mean over all views, or a small transformer over them [choice].
         num_fusion_layers, num_fusion_heads (`int`, default to 2 and 8): that transformer.
@@ -283,7 +297,7 @@ class T3DConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(
             config_class=AutoConfig,
             model_type="roberta",
-            init_kwargs={"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+            init_kwargs=ROBERTA_LAYOUT,
         ),
     }
 
@@ -302,13 +316,21 @@ class T3DConfig(PreTrainedConfig):
     soft_target_rate: float = 0.2
     lambda_gca: float | int = 1.0
     lambda_tma: float | int = 1.0
+    lambda_tir: float | int = 0.0
+    gca_views: Literal["volume", "local"] = "volume"
     lambda_sentences: float | int = 1.0
     tma_loss: Literal["supcon"] = "supcon"
     tma_temperature: float | int = 0.2
-    tma_query: Literal["text", "none", "vision"] = "text"
+    tma_query: Literal["text", "none", "vision", "mean"] = "text"
     tma_negatives: Literal["same_query", "own_query"] = "same_query"
     tma_negative_pairs: int | None = None
     num_tma_heads: int = 8
+    tir_block_size: int = 16
+    tir_mask_ratio: float = 0.5
+    tir_noise: float | int = 0.1
+    num_tir_heads: int = 8
+    tir_decoder_channels: list[int] | tuple[int, ...] | None = None
+    tir_norm_groups: int = 8
     view_fusion: Literal["global", "mean", "attention"] = "global"
     num_fusion_layers: int = 2
     num_fusion_heads: int = 8
@@ -337,10 +359,41 @@ class T3DConfig(PreTrainedConfig):
             raise ValueError('soft_targets belong to contrastive_loss="softmax"; the sigmoid form has none')
         if self.tma_negative_pairs is not None and self.tma_negative_pairs < 1:
             raise ValueError(f"tma_negative_pairs must be at least 1 or None, got {self.tma_negative_pairs}")
+        self._validate_terms()
         depth = self.text_config.num_hidden_layers
         if not 0 <= self.num_frozen_text_layers <= depth:
             raise ValueError(
                 f"num_frozen_text_layers={self.num_frozen_text_layers}, but the text tower has {depth} layers"
+            )
+
+    def _validate_terms(self):
+        """Which terms are switched on, and what they ask of each other."""
+        names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences")
+        if min(getattr(self, name) for name in names) < 0:
+            raise ValueError(f"weights of terms must be 0 or more, got { ({n: getattr(self, n) for n in names}) }")
+        if self.gca_views == "local" and self.view_fusion != "global":
+            raise ValueError(
+                f'gca_views="local" aligns each view by itself and never fuses them: set view_fusion="global" instead '
+                f'of {self.view_fusion!r}, or gca_views="volume"'
+            )
+        if self.tma_query == "mean" and self.tma_negatives != "same_query":
+            raise ValueError(
+                'tma_query="mean" asks nothing, so that there is no query to be the same or its own; leave '
+                "tma_negatives out"
+            )
+        if not self.lambda_tir:
+            return
+        if self.projection_dim % self.num_tir_heads:
+            raise ValueError(f"num_tir_heads={self.num_tir_heads} must divide projection_dim={self.projection_dim}")
+        if not 0 < self.tir_mask_ratio < 1 or self.tir_noise < 0 or self.tir_block_size < 1:
+            raise ValueError(
+                f"restoration needs 0 < tir_mask_ratio < 1, tir_noise >= 0 and tir_block_size >= 1, got "
+                f"{self.tir_mask_ratio}, {self.tir_noise} and {self.tir_block_size}"
+            )
+        if min([self.tir_norm_groups, *(self.tir_decoder_channels or [1])]) < 1:
+            raise ValueError(
+                f"tir_norm_groups and tir_decoder_channels must be positive, got {self.tir_norm_groups} and "
+                f"{self.tir_decoder_channels}"
             )
 
     @classmethod
@@ -355,20 +408,31 @@ class T3DConfig(PreTrainedConfig):
         return config
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "T3DConfig":
+    def from_preset(cls, name: str, objective: str | None = None, **overrides: Any) -> "T3DConfig":
         """
         A named configuration: `"tiny"` (tests, CPUs), `"base"` (ResNet-50 with group norm, RoBERTa-base) or
         `"base-batchnorm"` (the published encoder, which loads MedicalNet and MONAI weights).
 
         Args:
             name (`str`): the preset.
+            objective (`"v3"`, `"v1"` or `"gtgm"`, *optional*): what is trained: global and multi-view alignment (the
+                default of every field), contrast of views and restoration, or alignment of generated text with two
+                crops; see `presets_t3d`.
             overrides: fields to change; a `dict` for `vision_config` or `text_config` changes single fields of it.
-        """
-        if name not in _PRESETS:
-            nearest = difflib.get_close_matches(name, _PRESETS, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(map(repr, _PRESETS))}{hint}")
-        settings = deepcopy(_PRESETS[name])
+
+        Example:
+
+        ```python
+        >>> from modeling_t3d import T3DConfig
+
+        >>> config = T3DConfig.from_preset("tiny", objective="v1")
+        >>> config.lambda_gca, config.lambda_tir, config.tma_query
+        (0.0, 1.0, 'vision')
+
+        ```"""
+        settings = deepcopy(_named(PRESETS, "preset", name))
+        if objective is not None:
+            settings.update(_named(OBJECTIVES, "objective", objective))
         for key in ("vision_config", "text_config"):
             change = overrides.pop(key, None)
             if isinstance(change, PreTrainedConfig):
@@ -381,40 +445,12 @@ class T3DConfig(PreTrainedConfig):
         return cls(**{**settings, **overrides})
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vision_config": {
-            "embedding_size": 16,
-            "hidden_sizes": [16, 32, 64, 128],
-            "depths": [1, 1, 1, 1],
-            "layer_type": "basic",
-            "stem_kernel_size": 3,
-            "stem_pool": False,
-            "num_norm_groups": 8,
-        },
-        "text_config": {
-            "model_type": "bert",
-            "vocab_size": 1024,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "max_position_embeddings": 256,
-        },
-        "projection_dim": 64,
-        "projection_hidden_size": 128,
-        "num_tma_heads": 4,
-        "num_fusion_layers": 1,
-        "num_fusion_heads": 4,
-    },
-    "base": {
-        "vision_config": {},
-        "text_config": {"model_type": "roberta", **T3DConfig.sub_configs_defaults["text_config"].init_kwargs},
-    },
-    "base-batchnorm": {
-        "vision_config": {"norm": "batch"},
-        "text_config": {"model_type": "roberta", **T3DConfig.sub_configs_defaults["text_config"].init_kwargs},
-    },
-}
+def _named(table: dict[str, dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    if name not in table:
+        nearest = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown {kind} {name!r}; the {kind}s are {', '.join(map(repr, table))}{hint}")
+    return table[name]
+
 
 __all__ = ["T3DConfig", "T3DVisionConfig"]
