@@ -4,7 +4,6 @@
 
 import ast
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,9 @@ PACKAGE = ROOT / "modeling_t3d"
 ALLOWED = {
     "configuration_t3d": set(),
     "geometry_t3d": set(),
-    "loss_t3d": set(),
+    "communication_t3d": set(),
+    "contrastive_loss_t3d": {"communication_t3d"},
+    "clustering_loss_t3d": {"communication_t3d"},
     "encoder_blocks_t3d": {"configuration_t3d"},
     "encoders_t3d": {"configuration_t3d", "encoder_blocks_t3d"},
     "volume_arithmetic_t3d": {"geometry_t3d"},
@@ -83,13 +84,26 @@ ALLOWED = {
     "processing_t3d": {"image_processing_t3d"},
     "layers_t3d": {"configuration_t3d", "encoders_t3d"},
     "modeling_outputs_t3d": set(),
-    "pretrained_model_t3d": {"configuration_t3d", "encoders_t3d", "layers_t3d"},
+    # The head is named for the exporter of custom code alone: that import is never executed.
+    "pretrained_model_t3d": {"configuration_t3d", "encoders_t3d", "layers_t3d", "modeling_pretraining_t3d"},
     "modeling_t3d": {
+        "communication_t3d",
         "configuration_t3d",
+        "contrastive_loss_t3d",
         "encoders_t3d",
         "layers_t3d",
-        "loss_t3d",
         "modeling_outputs_t3d",
+        "pretrained_model_t3d",
+    },
+    "modeling_pretraining_t3d": {
+        "clustering_loss_t3d",
+        "communication_t3d",
+        "configuration_t3d",
+        "contrastive_loss_t3d",
+        "encoders_t3d",
+        "layers_t3d",
+        "modeling_outputs_t3d",
+        "modeling_t3d",
         "pretrained_model_t3d",
     },
     "pipelines_t3d": {"geometry_t3d", "modeling_t3d", "processing_t3d"},
@@ -101,7 +115,7 @@ ALLOWED = {
         "volume_io_t3d",
         "volume_transforms_t3d",
     },
-    "training": {"loss_t3d"},
+    "training": {"communication_t3d"},
     "evaluation": {"geometry_t3d", "processing_t3d", "volume_transforms_t3d"},
 }
 TRAVELS = sorted(path for path in PACKAGE.glob("*_t3d.py"))
@@ -173,7 +187,8 @@ def test_travelling_file_needs_torch_and_transformers_alone(path):
 
 def test_configuration_and_geometry_stay_light():
     assert not {module for _, module, _ in imports_of(PACKAGE / "configuration_t3d.py") if module.startswith("torch")}
-    for name in ("geometry_t3d", "volume_transforms_t3d", "loss_t3d"):
+    losses = ("communication_t3d", "contrastive_loss_t3d", "clustering_loss_t3d")
+    for name in ("geometry_t3d", "volume_transforms_t3d", *losses):
         modules = {module.split(".")[0] for _, module, _ in imports_of(PACKAGE / f"{name}.py")}
         assert "transformers" not in modules, name
 
@@ -209,11 +224,11 @@ def cpu_seconds(code: str) -> float:
 
 
 def test_import_costs_little_more_than_torch_and_transformers():
-    """At most 1.15 times what importing its own foundations costs, medians of interleaved runs."""
+    """At most 1.15 times what importing its own foundations costs, the least disturbed of interleaved runs each."""
     baseline = "import torch; from transformers import PreTrainedModel, AutoModel, AutoProcessor"
     seconds: dict[str, list[float]] = {baseline: [], "import modeling_t3d": []}
     for _ in range(3):
         for code, runs in seconds.items():
             runs.append(cpu_seconds(code))
-    median = {code: statistics.median(runs) for code, runs in seconds.items()}
-    assert median["import modeling_t3d"] <= 1.15 * median[baseline], median
+    least = {code: min(runs) for code, runs in seconds.items()}
+    assert least["import modeling_t3d"] <= 1.15 * least[baseline], least
