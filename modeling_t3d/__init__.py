@@ -23,15 +23,9 @@ from .configuration_t3d import T3DConfig, T3DVisionConfig
 from .encoders_t3d import ENCODERS, T3DEncoder, T3DEncoderOutput
 from .geometry_t3d import Volume, VolumeError, VolumeGeometryError, VolumeIntensityError
 from .image_processing_t3d import PreparedVolume, T3DImageProcessor
-from .modeling_t3d import (
-    T3DForImageClassification,
-    T3DForPreTraining,
-    T3DForPreTrainingOutput,
-    T3DModel,
-    T3DOutput,
-    T3DPreTrainedModel,
-    T3DVisionModel,
-)
+from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DPairFeatures
+from .modeling_pretraining_t3d import T3DForPreTraining
+from .modeling_t3d import T3DForImageClassification, T3DModel, T3DPreTrainedModel, T3DVisionModel
 from .pipelines_t3d import ZeroShotVolumeClassificationPipeline
 from .processing_t3d import T3DProcessor
 from .volume_io_t3d import VolumeReadError, list_series, read_volume
@@ -86,6 +80,7 @@ __all__ = [
     "T3DImageProcessor",
     "T3DModel",
     "T3DOutput",
+    "T3DPairFeatures",
     "T3DPreTrainedModel",
     "T3DProcessor",
     "T3DVisionConfig",

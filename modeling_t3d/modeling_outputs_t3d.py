@@ -2,10 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """What the models put out, with the shape of every field."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 
@@ -61,6 +63,71 @@ class T3DOutput(ModelOutput):
 
 
 @dataclass
+class T3DPairFeatures(ModelOutput):
+    r"""
+    What the objectives need of pairs of volume and report, from `T3DForPreTraining.encode_pairs`. The first axis of
+    every field is the pair; fields of integers and masks have no gradient.
+
+    Args:
+        image_features (`torch.FloatTensor` of shape `(batch, projection_dim)`): projected, un-normalised.
+        text_features (`torch.FloatTensor` of shape `(batch, projection_dim)`): projected, un-normalised.
+        local_tokens (`torch.FloatTensor` of shape `(batch, views, tokens, projection_dim)`, *optional*):
+            Projected token maps of the local views, which multi-view alignment needs.
+        local_mask (`torch.BoolTensor` of shape `(batch, views)`, *optional*): views that exist.
+        report_tokens (`torch.FloatTensor` of shape `(batch, report_tokens, projection_dim)`, *optional*):
+            Projected tokens of the reports, without a gradient: `tma_query="vision"`.
+        report_mask (`torch.BoolTensor` of shape `(batch, report_tokens)`, *optional*): `False` for padding.
+        sentence_features (`torch.FloatTensor` of shape `(batch, sentences, projection_dim)`, *optional*):
+            Projected, un-normalised embeddings of the volumes' further texts.
+        study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): as they were given.
+        sentence_ids (`torch.LongTensor` of shape `(batch, sentences)`, *optional*): as they were given.
+    """
+
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    local_tokens: torch.Tensor | None = None
+    local_mask: torch.Tensor | None = None
+    report_tokens: torch.Tensor | None = None
+    report_mask: torch.Tensor | None = None
+    sentence_features: torch.Tensor | None = None
+    study_ids: torch.Tensor | None = None
+    report_ids: torch.Tensor | None = None
+    sentence_ids: torch.Tensor | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["T3DPairFeatures"]) -> "T3DPairFeatures":
+        """
+        Pairs of several parts as those of one, in order. Reports and views are padded to the longest and the most, as
+        their masks say.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_t3d import T3DPairFeatures
+
+        >>> parts = [
+        ...     T3DPairFeatures(torch.zeros(1, 4), torch.zeros(1, 4), report_mask=torch.ones(1, length).bool())
+        ...     for length in (2, 3)
+        ... ]
+        >>> T3DPairFeatures.concatenate(parts).report_mask.tolist()
+        [[True, True, False], [True, True, True]]
+
+        ```"""
+        joined = {}
+        for name in parts[0]:
+            tensors = [part[name] for part in parts]
+            if name in ("local_tokens", "local_mask", "report_tokens", "report_mask"):
+                longest = max(tensor.shape[1] for tensor in tensors)
+                tensors = [
+                    nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1]))
+                    for tensor in tensors
+                ]
+            joined[name] = torch.cat(tensors)
+        return cls(**joined)
+
+
+@dataclass
 class T3DForPreTrainingOutput(ModelOutput):
     r"""
     Args:
@@ -98,4 +165,4 @@ class T3DForPreTrainingOutput(ModelOutput):
     local_embeds: torch.Tensor | None = None
 
 
-__all__ = ["T3DForPreTrainingOutput", "T3DOutput", "T3DVisionModelOutput"]
+__all__ = ["T3DForPreTrainingOutput", "T3DOutput", "T3DPairFeatures", "T3DVisionModelOutput"]

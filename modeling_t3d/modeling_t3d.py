@@ -1,8 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""The T3D models: vision tower, dual encoder, pre-training with both alignments, image classification.
-
-Encoders stand in `encoders_t3d`, the losses and everything that crosses ranks in `loss_t3d`.
+"""The T3D models: vision tower, dual encoder, image classification. Pre-training stands in `modeling_pretraining_t3d`,
+encoders in `encoders_t3d`, what crosses ranks in `communication_t3d`.
 """
 
 import inspect
@@ -20,33 +19,18 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .communication_t3d import all_gather, gather_sizes, global_mean, rank
 from .configuration_t3d import T3DConfig, T3DVisionConfig
+from .contrastive_loss_t3d import contrastive_sigmoid, contrastive_softmax, gathered_non_negatives, soft_targets
 from .encoders_t3d import (
     T3DEncoderBlock,
     T3DViTAttention,
     build_encoder,
     frozen_batch_norm_statistics,
 )
-from .layers_t3d import T3DMultiViewAlignment, T3DProjectionHead, T3DReports, T3DViewFusion, masked_mean, unit_norm
-from .loss_t3d import (
-    all_gather,
-    all_reduce_sum,
-    chunked_multi_view_contrastive,
-    contrastive_sigmoid,
-    contrastive_softmax,
-    draw_candidate_pairs,
-    gather_sizes,
-    gathered_non_negatives,
-    global_mean,
-    multi_view_contrastive,
-    rank,
-    soft_targets,
-)
-from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DVisionModelOutput
+from .layers_t3d import T3DProjectionHead, T3DViewFusion, masked_mean, unit_norm
+from .modeling_outputs_t3d import T3DOutput, T3DVisionModelOutput
 from .pretrained_model_t3d import T3DPreTrainedModel
-
-# Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
-_MAX_POOLED_ELEMENTS = 2**26
 
 
 def _build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -189,7 +173,7 @@ class T3DModel(T3DPreTrainedModel):
         [False, True]
 
         ```"""
-        return _from_towers(cls, vision, text, config)
+        return model_from_towers(cls, vision, text, config)
 
     def freeze_after_loading(self) -> None:
         """Freeze a temperature that is not learnt, and text layers."""
@@ -362,6 +346,14 @@ class T3DModel(T3DPreTrainedModel):
             attentions=output.attentions,
         )
 
+    def similarity_logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Scaled similarities `(reports, volumes)` of unit-norm embeddings, with the bias where there is one."""
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp().to(image_embeds.device)
+        if self.logit_bias is not None:
+            logits_per_text = logits_per_text + self.logit_bias.to(image_embeds.device)
+        return logits_per_text
+
     def global_alignment_loss(
         self,
         image_embeds: torch.Tensor,
@@ -445,10 +437,7 @@ class T3DModel(T3DPreTrainedModel):
         text_output = self.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         image_embeds = unit_norm(vision_output.pooler_output)
         text_embeds = unit_norm(text_output.pooler_output).to(image_embeds.device)
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp().to(image_embeds.device)
-        if self.logit_bias is not None:
-            logits_per_text = logits_per_text + self.logit_bias.to(image_embeds.device)
+        logits_per_text = self.similarity_logits(image_embeds, text_embeds)
         loss = None
         if return_loss:
             loss = self.global_alignment_loss(
@@ -465,7 +454,7 @@ class T3DModel(T3DPreTrainedModel):
         )
 
 
-def _from_towers(
+def model_from_towers(
     model_class: type[T3DPreTrainedModel],
     vision: str | PathLike | PreTrainedModel,
     text: str | PathLike | PreTrainedModel,
@@ -480,299 +469,6 @@ def _from_towers(
     model.base_model.text_model.load_state_dict(weights)
     model.freeze_after_loading()
     return model
-
-
-class T3DForPreTraining(T3DPreTrainedModel):
-    r"""
-    Pre-training by global alignment (GCA) and text-informed multi-view alignment (TMA). With `lambda_tma=0` the model
-    has no `multi_view_alignment` and needs no local views.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from modeling_t3d import T3DConfig, T3DForPreTraining
-
-    >>> model = T3DForPreTraining(T3DConfig.from_preset("tiny"))
-    >>> output = model(
-    ...     input_ids=torch.tensor([[2, 5, 3], [2, 7, 3]]),
-    ...     pixel_values=torch.randn(2, 1, 16, 32, 32),
-    ...     local_pixel_values=torch.randn(2, 3, 1, 16, 16, 16),
-    ... )
-    >>> output.num_valid_anchors.item(), bool(output.loss.isclose(output.loss_gca + output.loss_tma))
-    (6, True)
-
-    ```"""
-
-    # The losses are means over all pairs of a step, and none over a count that a trainer could know.
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: T3DConfig):
-        super().__init__(config)
-        self.t3d = T3DModel(config)
-        self.multi_view_alignment = T3DMultiViewAlignment(config) if config.lambda_tma > 0 else None
-        self.post_init()
-
-    @classmethod
-    def from_vision_text_pretrained(
-        cls, vision: str | PathLike | PreTrainedModel, text: str | PathLike | PreTrainedModel, **config: Any
-    ) -> "T3DForPreTraining":
-        """See [`T3DModel.from_vision_text_pretrained`]."""
-        return _from_towers(cls, vision, text, config)
-
-    def freeze_after_loading(self) -> None:
-        """See [`T3DModel.freeze_after_loading`]."""
-        self.t3d.freeze_after_loading()
-
-    def clamp_logit_scale(self) -> None:
-        """See [`T3DModel.clamp_logit_scale`]."""
-        self.t3d.clamp_logit_scale()
-
-    def sentence_alignment_loss(
-        self,
-        image_embeds: torch.Tensor,
-        sentence_input_ids: torch.Tensor,
-        sentence_attention_mask: torch.Tensor | None = None,
-        sentence_token_type_ids: torch.Tensor | None = None,
-        study_ids: torch.Tensor | None = None,
-        sentence_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """GCA once for each of the `sentences` texts that a volume comes with, then the mean; see `forward`."""
-        tokens = (sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
-        flat = (None if values is None else values.flatten(0, 1) for values in tokens)
-        features = self.t3d.get_text_features(*flat, return_dict=True).pooler_output
-        features = features.to(image_embeds.device).unflatten(0, sentence_input_ids.shape[:2])
-        losses = [
-            self.t3d.global_alignment_loss(
-                image_embeds,
-                unit_norm(features[:, index]),
-                features[:, index],
-                study_ids,
-                None if sentence_ids is None else sentence_ids[:, index],
-            )
-            for index in range(features.shape[1])
-        ]
-        return torch.stack(losses).mean()
-
-    def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
-        """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
-        with frozen_batch_norm_statistics(self.t3d.visual_projection):  # they are those of pooled volumes
-            return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
-
-    def multi_view_alignment_loss(
-        self,
-        text_output: BaseModelOutputWithPooling,
-        local_hidden_state: torch.Tensor,
-        local_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        study_ids: torch.Tensor | None = None,
-        report_ids: torch.Tensor | None = None,
-    ) -> T3DForPreTrainingOutput:
-        r"""
-        TMA over the views of all ranks.
-
-        Args:
-            text_output (`BaseModelOutputWithPooling`): from `get_text_features`.
-            local_hidden_state (`torch.Tensor` of shape `(batch, views, hidden_size, d, h, w)`): views' token maps.
-            local_mask (`torch.BoolTensor` of shape `(batch, views)`, *optional*): views that exist; all by default.
-            attention_mask, study_ids, report_ids: as in `forward`.
-
-        Returns:
-            [`T3DForPreTrainingOutput`] with `loss_tma`, its counts and `local_embeds`.
-        """
-        device = local_hidden_state.device
-        batch, num_views = local_hidden_state.shape[:2]
-        if local_mask is None:
-            local_mask = torch.ones(batch, num_views, dtype=torch.bool)
-        local_mask = local_mask.to(device, torch.bool)
-        sizes = gather_sizes(batch, device)
-        num_pairs, offset = sum(sizes), sum(sizes[: rank()])
-        if num_pairs < 2:
-            raise ValueError("multi-view alignment needs negatives: the global batch holds 1 pair; use at least 2")
-        excluded = gathered_non_negatives(study_ids, report_ids, sizes, device)
-        all_masks = all_gather(local_mask, sizes)
-        num_negative_pairs = self.config.tma_negative_pairs
-        candidates = None
-        if num_negative_pairs is None or num_negative_pairs >= num_pairs - 1:
-            own_pair = offset + torch.arange(batch, device=device)
-            view_mask = all_masks.expand(batch, -1, -1)
-        else:
-            candidates = draw_candidate_pairs(batch, num_pairs, offset, num_negative_pairs, device=device)
-            own_pair = torch.zeros(batch, dtype=torch.int64, device=device)
-            view_mask, excluded = all_masks[candidates], excluded.gather(1, candidates)
-
-        tokens = self.project_tokens(local_hidden_state)
-        reports = T3DReports(text_output.pooler_output)
-        if self.config.tma_query == "vision":
-            report_tokens = self.t3d.text_projection(text_output.last_hidden_state)
-            report_mask = torch.ones_like(report_tokens[..., 0]) if attention_mask is None else attention_mask
-            reports = T3DReports(text_output.pooler_output, report_tokens, report_mask.bool())
-        masks = {"own_pair": own_pair, "view_mask": view_mask, "excluded": excluded}
-        # A learnt query is the same for every pair: whose query it is makes no difference.
-        if self.config.tma_query == "none" or self.config.tma_negatives == "own_query":
-            own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
-            views = all_gather(own_views, sizes)
-            views = views.expand(batch, -1, -1, -1) if candidates is None else views[candidates]
-            terms = multi_view_contrastive(views, temperature=self.config.tma_temperature, **masks)
-        else:
-            with torch.no_grad():
-                own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
-            pool, size_per_query = self.multi_view_alignment.pooler(all_gather(tokens, sizes), reports, candidates)
-            terms = chunked_multi_view_contrastive(
-                pool,
-                chunk_size=max(1, _MAX_POOLED_ELEMENTS // size_per_query),
-                temperature=self.config.tma_temperature,
-                **masks,
-            )
-        total, count, log_candidates = terms
-        num_skipped = (local_mask.sum(dim=1) < 2).sum()
-        sums = all_reduce_sum(torch.stack([count.to(total), num_skipped.to(total), log_candidates]))
-        return T3DForPreTrainingOutput(
-            loss_tma=global_mean(total, count),
-            log_num_candidates=sums[2] / sums[0].clamp(min=1),
-            num_valid_anchors=sums[0].long(),
-            num_skipped_pairs=sums[1].long(),
-            local_embeds=own_views.detach(),
-        )
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        local_pixel_values: torch.Tensor | None = None,
-        local_mask: torch.Tensor | None = None,
-        local_positions: torch.Tensor | None = None,
-        return_loss: bool = True,
-        study_ids: torch.Tensor | None = None,
-        report_ids: torch.Tensor | None = None,
-        sentence_input_ids: torch.Tensor | None = None,
-        sentence_attention_mask: torch.Tensor | None = None,
-        sentence_token_type_ids: torch.Tensor | None = None,
-        sentence_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> T3DForPreTrainingOutput:
-        r"""
-        Args:
-            input_ids, attention_mask, token_type_ids: the reports, as in [`T3DModel.get_text_features`].
-            pixel_values, local_pixel_values, local_mask, local_positions: the volumes, as in
-                [`T3DModel.get_image_features`].
-            return_loss (`bool`, defaults to `True`): compute the losses, over the pairs of all ranks.
-            study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): pairs that share one that is
-                not negative are not negatives of each other. All ranks give them, or none.
-            sentence_input_ids, sentence_attention_mask, sentence_token_type_ids (`torch.LongTensor` of shape `(batch,
-                sentences, tokens)`, *optional*): further texts of each volume, such as sentences of its report; all
-                ranks give as many.
-            sentence_ids (`torch.LongTensor` of shape `(batch, sentences)`, *optional*): as `report_ids`.
-        """
-        aligns_views = return_loss and self.multi_view_alignment is not None
-        if aligns_views and local_pixel_values is None:
-            raise ValueError(
-                f"lambda_tma={self.config.lambda_tma} needs local views: pass local_pixel_values or set lambda_tma=0"
-            )
-        outputs = self.t3d(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            local_pixel_values=local_pixel_values,
-            local_mask=local_mask,
-            local_positions=local_positions,
-            return_loss=return_loss and self.config.lambda_gca > 0,
-            study_ids=study_ids,
-            report_ids=report_ids,
-            output_local_hidden_state=aligns_views,
-            return_dict=True,
-            **kwargs,
-        )
-        views: dict[str, Any] = {}
-        if aligns_views:
-            views = self.multi_view_alignment_loss(
-                outputs.text_model_output,
-                outputs.vision_model_output.local_hidden_state,
-                local_mask,
-                attention_mask,
-                study_ids,
-                report_ids,
-            )
-        loss_sentences = None
-        if return_loss and sentence_input_ids is not None and self.config.lambda_sentences > 0:
-            loss_sentences = self.sentence_alignment_loss(
-                outputs.image_embeds,
-                sentence_input_ids,
-                sentence_attention_mask,
-                sentence_token_type_ids,
-                study_ids,
-                sentence_ids,
-            )
-        terms = [
-            (self.config.lambda_gca, outputs.loss),
-            (self.config.lambda_sentences, loss_sentences),
-            (self.config.lambda_tma, views.get("loss_tma")),
-        ]
-        weighted = [weight * term for weight, term in terms if term is not None]
-        return T3DForPreTrainingOutput(
-            loss=torch.stack(weighted).sum() if weighted else None,
-            loss_gca=outputs.loss,
-            loss_sentences=loss_sentences,
-            **views,
-            logits_per_image=outputs.logits_per_image,
-            logits_per_text=outputs.logits_per_text,
-            image_embeds=outputs.image_embeds,
-            text_embeds=outputs.text_embeds,
-        )
-
-    @torch.no_grad()
-    def get_text_attention(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        local_pixel_values: torch.Tensor | None = None,
-        local_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        local_hidden_state: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        r"""
-        Where in each view a text looks, for localisation: a report, or the prompt of a class.
-
-        `tma_query="text"`: the attention of the text's query, mean over heads; `"none"`: of the learnt query,
-        whatever the text. Otherwise (`"vision"`, whose attention runs over the report, and models without TMA):
-        softmax over the view's tokens of their similarity to the text, at the temperature of global alignment.
-
-        Args:
-            input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(texts, tokens)`): one text per
-                volume, or any number of texts for one volume.
-            local_pixel_values (`torch.Tensor` of shape `(volumes, views, num_channels, d, h, w)`), local_mask: the
-                views.
-            local_hidden_state (`torch.Tensor` of shape `(volumes, views, hidden_size, d', h', w')`, *optional*):
-                instead of the views, their maps from [`T3DModel.encode_local_views`], for use with many texts.
-
-        Returns:
-            `torch.FloatTensor` of shape `(texts, views, d', h', w')`: sums to 1 over each view's grid; zeros for views
-            that the mask leaves out.
-        """
-        if local_hidden_state is None:
-            if local_pixel_values is None:
-                raise ValueError("get_text_attention needs views: pass local_pixel_values or local_hidden_state")
-            local_hidden_state, local_mask = self.t3d.encode_local_views(local_pixel_values, local_mask)
-        queries = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
-        if len(local_hidden_state) not in (1, len(queries)):
-            raise ValueError(f"{len(queries)} texts for {len(local_hidden_state)} volumes: give one text per volume")
-        tokens = self.project_tokens(local_hidden_state)
-        alignment = self.multi_view_alignment
-        if alignment is None or self.config.tma_query == "vision":
-            scores = torch.einsum(
-                "td,tvnd->tvn", unit_norm(queries), unit_norm(tokens).expand(len(queries), -1, -1, -1)
-            )
-            weights = (scores * self.t3d.logit_scale.exp()).softmax(dim=-1)
-        else:
-            if self.config.tma_query == "none":
-                queries = alignment.learned_queries(queries.device).expand(len(queries), -1)
-            weights = alignment.attention_map(queries, tokens)
-        weights = weights.unflatten(2, local_hidden_state.shape[3:])
-        return weights if local_mask is None else weights * local_mask[..., None, None, None].to(weights)
 
 
 class T3DForImageClassification(T3DPreTrainedModel):
@@ -832,11 +528,10 @@ class T3DForImageClassification(T3DPreTrainedModel):
 
 __all__ = [
     "T3DForImageClassification",
-    "T3DForPreTraining",
-    "T3DForPreTrainingOutput",
     "T3DModel",
     "T3DOutput",
     "T3DPreTrainedModel",
     "T3DVisionModel",
     "T3DVisionModelOutput",
+    "model_from_towers",
 ]

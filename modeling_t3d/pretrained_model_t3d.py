@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from math import log
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,12 +18,17 @@ from .configuration_t3d import T3DConfig
 from .encoders_t3d import checkpoint_counting_once, initialize_encoder_module
 from .layers_t3d import T3DMultiViewAlignment, T3DViewFusion
 
+if TYPE_CHECKING:
+    # Never executed: the exporter of custom code follows the text of imports, and the Auto classes named below need
+    # these files in a folder whichever model was saved.
+    from .modeling_pretraining_t3d import T3DForPreTraining  # noqa: F401
+
 # Transformers would name the saved class's own Auto class alone; a folder serves every model that can load from it.
 _AUTO_MAPS = {
     "t3d": {
         "AutoModel": "modeling_t3d.T3DModel",
         "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
-        "AutoModelForPreTraining": "modeling_t3d.T3DForPreTraining",
+        "AutoModelForPreTraining": "modeling_pretraining_t3d.T3DForPreTraining",
         "AutoModelForZeroShotImageClassification": "modeling_t3d.T3DModel",
     },
     "t3d_vision_model": {

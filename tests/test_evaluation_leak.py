@@ -9,7 +9,7 @@ import torch
 
 from modeling_t3d.configuration_t3d import T3DConfig
 from modeling_t3d.evaluation.leak import leak_ratio, measure_leak, shuffle_views
-from modeling_t3d.modeling_t3d import T3DForPreTraining
+from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 
 
 def test_ratio_by_hand():

@@ -33,7 +33,8 @@ from modeling_t3d.evaluation.results import load_results
 from modeling_t3d.evaluation.statistics import area_under_roc
 from modeling_t3d.geometry_t3d import Volume
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
-from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DForPreTraining
+from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
+from modeling_t3d.modeling_t3d import T3DForImageClassification
 from modeling_t3d.volume_io_t3d import read_volume
 
 GROUPS = {

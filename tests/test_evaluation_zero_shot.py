@@ -27,7 +27,8 @@ from modeling_t3d.evaluation.zero_shot import (
 )
 from modeling_t3d.geometry_t3d import Volume
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
-from modeling_t3d.modeling_t3d import T3DForPreTraining, T3DModel
+from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
+from modeling_t3d.modeling_t3d import T3DModel
 
 FINDINGS = ["effusion", "nodule"]
 PROMPTS = {

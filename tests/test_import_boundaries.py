@@ -58,11 +58,13 @@ ALLOWED = {
     },
     "reassembly_t3d": {"geometry_t3d"},
     "prepared_volume_t3d": {"geometry_t3d", "intensity_t3d", "resample_t3d", "volume_transforms_t3d"},
+    "resample_affine_t3d": {"geometry_t3d", "resample_t3d"},
     "preparation_t3d": {
         "geometry_t3d",
         "intensity_t3d",
         "nifti_stream_t3d",
         "prepared_volume_t3d",
+        "resample_affine_t3d",
         "resample_t3d",
         "volume_arithmetic_t3d",
         "volume_io_t3d",

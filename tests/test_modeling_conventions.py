@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DForPreTraining, T3DModel, T3DVisionModel
+from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
+from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DModel, T3DVisionModel
 
 CLASSES = [T3DVisionModel, T3DModel, T3DForPreTraining, T3DForImageClassification]
 VISION_CLASSES = [T3DVisionModel, T3DForImageClassification]
@@ -180,7 +181,7 @@ def test_models_are_built_on_the_meta_device_in_a_fresh_process():
     code = """
 import torch
 from model_inputs import tiny_config, tiny_vit_config
-from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DForPreTraining, T3DModel, T3DVisionModel
+from modeling_t3d import T3DForImageClassification, T3DForPreTraining, T3DModel, T3DVisionModel
 for config in (tiny_config(view_fusion="attention", tma_query="none"), tiny_vit_config(contrastive_loss="sigmoid")):
     for model_class in (T3DForPreTraining, T3DModel, T3DVisionModel, T3DForImageClassification):
         own = config if model_class in (T3DForPreTraining, T3DModel) else config.vision_config

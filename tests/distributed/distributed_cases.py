@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_t3d.configuration_t3d import T3DConfig
-from modeling_t3d.modeling_t3d import T3DForPreTraining
+from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 
 NUM_PAIRS = 7
 

@@ -1,0 +1,400 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Pre-training: the towers encode pairs of volume and report, the objectives align them across pairs and ranks."""
+
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .clustering_loss_t3d import chunked_multi_view_contrastive, draw_candidate_pairs, multi_view_contrastive
+from .communication_t3d import all_gather, all_reduce_sum, gather_sizes, global_mean, rank
+from .configuration_t3d import T3DConfig
+from .contrastive_loss_t3d import gathered_non_negatives
+from .encoders_t3d import frozen_batch_norm_statistics
+from .layers_t3d import T3DMultiViewAlignment, T3DReports, unit_norm
+from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DPairFeatures
+from .modeling_t3d import T3DModel, model_from_towers
+from .pretrained_model_t3d import T3DPreTrainedModel
+
+# Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
+_MAX_POOLED_ELEMENTS = 2**26
+
+# Parameters whose gradient comes from `align` alone, by the beginning of their names.
+_LOSS_STAGE = ("multi_view_alignment.", "t3d.logit_scale", "t3d.logit_bias")
+
+
+class T3DForPreTraining(T3DPreTrainedModel):
+    r"""
+    Pre-training by global alignment (GCA) and text-informed multi-view alignment (TMA). With `lambda_tma=0` the model
+    has no `multi_view_alignment` and needs no local views.
+
+    A step has two stages. [`~T3DForPreTraining.encode_pairs`] runs the towers and whatever else knows one pair at a
+    time; [`~T3DForPreTraining.align`] runs the objectives, which know all pairs of all ranks:
+
+    - `model(**batch)` is `model.align(model.encode_pairs(**batch))`;
+    - `model(**batch, stage="encode")` and `model(features=features, stage="align")` are the stages for callers that
+      must go through `forward`, such as data-parallel wrappers;
+    - pairs may be encoded in parts and joined by [`T3DPairFeatures.concatenate`]: the parts do not interact, unless a
+      batch norm makes them;
+    - gradients of `align` reach [`~T3DForPreTraining.loss_stage_parameters`] directly, and every other parameter
+      through the features alone.
+
+    So a batch larger than memory is encoded in parts without a graph, aligned once, and encoded again with the
+    features' gradients handed down.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d import T3DConfig, T3DForPreTraining
+
+    >>> model = T3DForPreTraining(T3DConfig.from_preset("tiny"))
+    >>> output = model(
+    ...     input_ids=torch.tensor([[2, 5, 3], [2, 7, 3]]),
+    ...     pixel_values=torch.randn(2, 1, 16, 32, 32),
+    ...     local_pixel_values=torch.randn(2, 3, 1, 16, 16, 16),
+    ... )
+    >>> output.num_valid_anchors.item(), bool(output.loss.isclose(output.loss_gca + output.loss_tma))
+    (6, True)
+
+    ```"""
+
+    # The losses are means over all pairs of a step, and none over a count that a trainer could know.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: T3DConfig):
+        super().__init__(config)
+        self.t3d = T3DModel(config)
+        self.multi_view_alignment = T3DMultiViewAlignment(config) if config.lambda_tma > 0 else None
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str | PathLike | PreTrainedModel, text: str | PathLike | PreTrainedModel, **config: Any
+    ) -> "T3DForPreTraining":
+        """See [`T3DModel.from_vision_text_pretrained`]."""
+        return model_from_towers(cls, vision, text, config)
+
+    def freeze_after_loading(self) -> None:
+        """See [`T3DModel.freeze_after_loading`]."""
+        self.t3d.freeze_after_loading()
+
+    def clamp_logit_scale(self) -> None:
+        """See [`T3DModel.clamp_logit_scale`]."""
+        self.t3d.clamp_logit_scale()
+
+    def loss_stage_parameters(self) -> list[nn.Parameter]:
+        """
+        Parameters that `align` uses and `encode_pairs` does not: the pooling of views and its head, the temperature,
+        the bias. A backward pass through `encode_pairs` alone leaves them without a gradient.
+        """
+        return [parameter for name, parameter in self.named_parameters() if name.startswith(_LOSS_STAGE)]
+
+    # --- the first stage: what knows one pair at a time --------------------------------------------------------------
+
+    def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
+        """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
+        with frozen_batch_norm_statistics(self.t3d.visual_projection):  # they are those of pooled volumes
+            return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
+
+    def encode_sentences(
+        self,
+        sentence_input_ids: torch.Tensor,
+        sentence_attention_mask: torch.Tensor | None = None,
+        sentence_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Texts `(batch, sentences, tokens)` to un-normalised embeddings `(batch, sentences, projection_dim)`."""
+        tokens = (sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
+        flat = (None if values is None else values.flatten(0, 1) for values in tokens)
+        features = self.t3d.get_text_features(*flat, return_dict=True).pooler_output
+        return features.unflatten(0, sentence_input_ids.shape[:2])
+
+    def encode_pairs(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        local_positions: torch.Tensor | None = None,
+        return_loss: bool = True,
+        study_ids: torch.Tensor | None = None,
+        report_ids: torch.Tensor | None = None,
+        sentence_input_ids: torch.Tensor | None = None,
+        sentence_attention_mask: torch.Tensor | None = None,
+        sentence_token_type_ids: torch.Tensor | None = None,
+        sentence_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> T3DPairFeatures:
+        """
+        Everything that the objectives need of these pairs. No field of a pair depends on another pair, except through
+        a batch norm in training mode.
+
+        Args:
+            return_loss (`bool`, defaults to `True`): also what the embeddings alone do not need.
+            others: as in `forward`.
+        """
+        aligns_views = return_loss and self.multi_view_alignment is not None
+        if aligns_views and local_pixel_values is None:
+            raise ValueError(
+                f"lambda_tma={self.config.lambda_tma} needs local views: pass local_pixel_values or set lambda_tma=0"
+            )
+        vision_output = self.t3d.get_image_features(
+            pixel_values,
+            local_pixel_values,
+            local_mask,
+            local_positions,
+            output_local_hidden_state=aligns_views,
+            return_dict=True,
+            **kwargs,
+        )
+        text_output = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+        device = vision_output.pooler_output.device
+        features = T3DPairFeatures(
+            image_features=vision_output.pooler_output,
+            text_features=text_output.pooler_output.to(device),
+            study_ids=study_ids,
+            report_ids=report_ids,
+        )
+        if aligns_views:
+            maps = vision_output.local_hidden_state
+            features["local_tokens"] = self.project_tokens(maps)
+            if local_mask is None:
+                local_mask = torch.ones(maps.shape[:2], dtype=torch.bool)
+            features["local_mask"] = local_mask.to(device, torch.bool)
+            if self.config.tma_query == "vision":
+                # The views ask; the text branch learns nothing by it.
+                with torch.no_grad():
+                    features["report_tokens"] = self.t3d.text_projection(text_output.last_hidden_state).to(device)
+                if attention_mask is None:
+                    attention_mask = torch.ones_like(input_ids)
+                features["report_mask"] = attention_mask.to(device, torch.bool)
+        if return_loss and sentence_input_ids is not None and self.config.lambda_sentences > 0:
+            sentences = self.encode_sentences(sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
+            features["sentence_features"] = sentences.to(device)
+            if sentence_ids is not None:
+                features["sentence_ids"] = sentence_ids
+        return features
+
+    # --- the second stage: what knows all pairs of all ranks ---------------------------------------------------------
+
+    def align(self, features: T3DPairFeatures, return_loss: bool = True) -> T3DForPreTrainingOutput:
+        """
+        The objectives over the pairs of all ranks: a collective call, which every rank makes with its own pairs.
+
+        Args:
+            features (`T3DPairFeatures`): from `encode_pairs`, called with the same `return_loss`.
+            return_loss (`bool`, defaults to `True`): compute the losses.
+        """
+        image_embeds, text_embeds = unit_norm(features.image_features), unit_norm(features.text_features)
+        logits_per_text = self.t3d.similarity_logits(image_embeds, text_embeds)
+        ids = (features.study_ids, features.report_ids)
+        loss_gca, loss_sentences = None, None
+        views: dict[str, Any] = {}
+        if return_loss and self.config.lambda_gca > 0:
+            loss_gca = self.t3d.global_alignment_loss(image_embeds, text_embeds, features.text_features, *ids)
+        if return_loss and self.multi_view_alignment is not None:
+            views = self.multi_view_alignment_loss(features)
+        if return_loss and features.sentence_features is not None:
+            loss_sentences = self.sentence_alignment_loss(image_embeds, features)
+        terms = [
+            (self.config.lambda_gca, loss_gca),
+            (self.config.lambda_sentences, loss_sentences),
+            (self.config.lambda_tma, views.get("loss_tma")),
+        ]
+        weighted = [weight * term for weight, term in terms if term is not None]
+        return T3DForPreTrainingOutput(
+            loss=torch.stack(weighted).sum() if weighted else None,
+            loss_gca=loss_gca,
+            loss_sentences=loss_sentences,
+            **views,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+
+    def sentence_alignment_loss(self, image_embeds: torch.Tensor, features: T3DPairFeatures) -> torch.Tensor:
+        """GCA once for each of the `sentences` texts that a volume comes with, then the mean."""
+        losses = [
+            self.t3d.global_alignment_loss(
+                image_embeds,
+                unit_norm(sentence),
+                sentence,
+                features.study_ids,
+                None if features.sentence_ids is None else features.sentence_ids[:, index],
+            )
+            for index, sentence in enumerate(features.sentence_features.unbind(dim=1))
+        ]
+        return torch.stack(losses).mean()
+
+    def multi_view_alignment_loss(self, features: T3DPairFeatures) -> T3DForPreTrainingOutput:
+        """TMA over the views of all ranks: `loss_tma`, its counts and `local_embeds`."""
+        tokens, local_mask = features.local_tokens, features.local_mask
+        device = tokens.device
+        batch = len(tokens)
+        sizes = gather_sizes(batch, device)
+        num_pairs, offset = sum(sizes), sum(sizes[: rank()])
+        if num_pairs < 2:
+            raise ValueError("multi-view alignment needs negatives: the global batch holds 1 pair; use at least 2")
+        excluded = gathered_non_negatives(features.study_ids, features.report_ids, sizes, device)
+        all_masks = all_gather(local_mask, sizes)
+        num_negative_pairs = self.config.tma_negative_pairs
+        candidates = None
+        if num_negative_pairs is None or num_negative_pairs >= num_pairs - 1:
+            own_pair = offset + torch.arange(batch, device=device)
+            view_mask = all_masks.expand(batch, -1, -1)
+        else:
+            candidates = draw_candidate_pairs(batch, num_pairs, offset, num_negative_pairs, device=device)
+            own_pair = torch.zeros(batch, dtype=torch.int64, device=device)
+            view_mask, excluded = all_masks[candidates], excluded.gather(1, candidates)
+
+        reports = T3DReports(features.text_features, features.report_tokens, features.report_mask)
+        masks = {"own_pair": own_pair, "view_mask": view_mask, "excluded": excluded}
+        # A learnt query is the same for every pair: whose query it is makes no difference.
+        if self.config.tma_query == "none" or self.config.tma_negatives == "own_query":
+            own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
+            views = all_gather(own_views, sizes)
+            views = views.expand(batch, -1, -1, -1) if candidates is None else views[candidates]
+            terms = multi_view_contrastive(views, temperature=self.config.tma_temperature, **masks)
+        else:
+            with torch.no_grad():
+                own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
+            pool, size_per_query = self.multi_view_alignment.pooler(all_gather(tokens, sizes), reports, candidates)
+            terms = chunked_multi_view_contrastive(
+                pool,
+                chunk_size=max(1, _MAX_POOLED_ELEMENTS // size_per_query),
+                temperature=self.config.tma_temperature,
+                **masks,
+            )
+        total, count, log_candidates = terms
+        num_skipped = (local_mask.sum(dim=1) < 2).sum()
+        sums = all_reduce_sum(torch.stack([count.to(total), num_skipped.to(total), log_candidates]))
+        return T3DForPreTrainingOutput(
+            loss_tma=global_mean(total, count),
+            log_num_candidates=sums[2] / sums[0].clamp(min=1),
+            num_valid_anchors=sums[0].long(),
+            num_skipped_pairs=sums[1].long(),
+            local_embeds=own_views.detach(),
+        )
+
+    # --- both --------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        local_positions: torch.Tensor | None = None,
+        return_loss: bool = True,
+        study_ids: torch.Tensor | None = None,
+        report_ids: torch.Tensor | None = None,
+        sentence_input_ids: torch.Tensor | None = None,
+        sentence_attention_mask: torch.Tensor | None = None,
+        sentence_token_type_ids: torch.Tensor | None = None,
+        sentence_ids: torch.Tensor | None = None,
+        stage: Literal["encode", "align"] | None = None,
+        features: T3DPairFeatures | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> T3DForPreTrainingOutput | T3DPairFeatures:
+        r"""
+        Args:
+            input_ids, attention_mask, token_type_ids: the reports, as in [`T3DModel.get_text_features`].
+            pixel_values, local_pixel_values, local_mask, local_positions: the volumes, as in
+                [`T3DModel.get_image_features`].
+            return_loss (`bool`, defaults to `True`): compute the losses, over the pairs of all ranks.
+            study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): pairs that share one that is
+                not negative are not negatives of each other. All ranks give them, or none.
+            sentence_input_ids, sentence_attention_mask, sentence_token_type_ids (`torch.LongTensor` of shape `(batch,
+                sentences, tokens)`, *optional*): further texts of each volume, such as sentences of its report; all
+                ranks give as many.
+            sentence_ids (`torch.LongTensor` of shape `(batch, sentences)`, *optional*): as `report_ids`.
+            stage (`"encode"` or `"align"`, *optional*): run one stage alone; `"encode"` returns [`T3DPairFeatures`].
+            features (`T3DPairFeatures`, *optional*): what `stage="align"` takes instead of everything above it.
+        """
+        if stage == "align":
+            if features is None:
+                raise ValueError('stage="align" needs features: pass what stage="encode" returned')
+            return self.align(features, return_loss)
+        encoded = self.encode_pairs(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            local_pixel_values,
+            local_mask,
+            local_positions,
+            return_loss,
+            study_ids,
+            report_ids,
+            sentence_input_ids,
+            sentence_attention_mask,
+            sentence_token_type_ids,
+            sentence_ids,
+            **kwargs,
+        )
+        return encoded if stage == "encode" else self.align(encoded, return_loss)
+
+    @torch.no_grad()
+    def get_text_attention(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        local_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        local_hidden_state: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Where in each view a text looks, for localisation: a report, or the prompt of a class.
+
+        `tma_query="text"`: the attention of the text's query, mean over heads; `"none"`: of the learnt query,
+        whatever the text. Otherwise (`"vision"`, whose attention runs over the report, and models without TMA):
+        softmax over the view's tokens of their similarity to the text, at the temperature of global alignment.
+
+        Args:
+            input_ids, attention_mask, token_type_ids (`torch.LongTensor` of shape `(texts, tokens)`): one text per
+                volume, or any number of texts for one volume.
+            local_pixel_values (`torch.Tensor` of shape `(volumes, views, num_channels, d, h, w)`), local_mask: the
+                views.
+            local_hidden_state (`torch.Tensor` of shape `(volumes, views, hidden_size, d', h', w')`, *optional*):
+                instead of the views, their maps from [`T3DModel.encode_local_views`], for use with many texts.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts, views, d', h', w')`: sums to 1 over each view's grid; zeros for views
+            that the mask leaves out.
+        """
+        if local_hidden_state is None:
+            if local_pixel_values is None:
+                raise ValueError("get_text_attention needs views: pass local_pixel_values or local_hidden_state")
+            local_hidden_state, local_mask = self.t3d.encode_local_views(local_pixel_values, local_mask)
+        queries = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
+        if len(local_hidden_state) not in (1, len(queries)):
+            raise ValueError(f"{len(queries)} texts for {len(local_hidden_state)} volumes: give one text per volume")
+        tokens = self.project_tokens(local_hidden_state)
+        alignment = self.multi_view_alignment
+        if alignment is None or self.config.tma_query == "vision":
+            scores = torch.einsum(
+                "td,tvnd->tvn", unit_norm(queries), unit_norm(tokens).expand(len(queries), -1, -1, -1)
+            )
+            weights = (scores * self.t3d.logit_scale.exp()).softmax(dim=-1)
+        else:
+            if self.config.tma_query == "none":
+                queries = alignment.learned_queries(queries.device).expand(len(queries), -1)
+            weights = alignment.attention_map(queries, tokens)
+        weights = weights.unflatten(2, local_hidden_state.shape[3:])
+        return weights if local_mask is None else weights * local_mask[..., None, None, None].to(weights)
+
+
+__all__ = ["T3DForPreTraining"]
