@@ -30,11 +30,23 @@ class T3DTrainingArguments:
         num_train_epochs (`float`, defaults to 20): the length of a run that sets neither of the two.
         per_device_train_batch_size (`int`, defaults to 32): volume-report pairs per process and forward pass.
         gradient_accumulation_steps (`int`, defaults to 1):
-            Forward passes per optimiser step, whose losses are averaged. It does not enlarge the contrastive batch.
+            Forward passes per optimiser step, whose losses are averaged. It does not enlarge the contrastive batch,
+            unless gradients are cached.
+        gradient_caching (`bool`, defaults to `False`):
+            Make all pairs of an optimiser step one contrastive batch, in the memory of one forward pass and for the
+            time of a second one. Exact; refuses batch norm in training mode.
+        caching_micro_batch_size (`int`, *optional*): with it, pairs that are encoded at once; by default what
+            `per_device_train_batch_size` says, which this divides into parts.
+        view_chunk_size (`int`, *optional*):
+            Encode this many local views at once and recompute them in the backward pass, so that memory holds the
+            activations of one chunk. Exact; refuses batch norm in training mode.
+        batch_norm (`"synchronised"` or `"frozen"`, defaults to `"synchronised"`): of models that have one: statistics
+            over the processes (CUDA devices alone), or those that were loaded, which then do not change.
         drop_last (`bool`, defaults to `True`):
             Leave out the pairs of an epoch that do not fill a step (others in every epoch). Otherwise the last step
             is smaller; no pair is ever repeated to fill it.
-        dataloader_num_workers (`int`, defaults to 0): processes that cut views; 0 cuts them between the steps.
+        dataloader_num_workers (`int`, defaults to 0): processes that cut views; with 0 a thread cuts them while
+            the step before runs.
         vision_learning_rate, head_learning_rate (`float`, default to 1e-4), text_learning_rate (`float`, 2e-5):
             Peak rates of the parameters below `vision_model`, below `text_model`, and of all others.
         min_learning_rate (`float`, defaults to 1e-6): where the cosine ends.
@@ -64,6 +76,10 @@ class T3DTrainingArguments:
     num_train_epochs: float = 20.0
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
+    gradient_caching: bool = False
+    caching_micro_batch_size: int | None = None
+    view_chunk_size: int | None = None
+    batch_norm: Literal["synchronised", "frozen"] = "synchronised"
     drop_last: bool = True
     dataloader_num_workers: int = 0
     vision_learning_rate: float = 1e-4
@@ -95,6 +111,8 @@ class T3DTrainingArguments:
             "num_train_epochs",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
+            "caching_micro_batch_size",
+            "view_chunk_size",
             "max_grad_norm",
             "num_processes",
             "logging_steps",
@@ -105,6 +123,13 @@ class T3DTrainingArguments:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigurationError(f"training.{name} must be positive, got {value}")
+        if self.caching_micro_batch_size is not None and not self.gradient_caching:
+            raise ConfigurationError("training.caching_micro_batch_size needs training.gradient_caching=true")
+        if self.gradient_caching and self.gradient_accumulation_steps == 1 and self.caching_micro_batch_size is None:
+            raise ConfigurationError(
+                "training.gradient_caching has one part to cache; set training.gradient_accumulation_steps or "
+                "training.caching_micro_batch_size"
+            )
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigurationError(f"training.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
         if self.dataloader_num_workers < 0:

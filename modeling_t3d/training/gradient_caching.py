@@ -20,9 +20,11 @@ Batch = dict[str, torch.Tensor]
 class TwoStageModel(Protocol):
     """A model whose `forward` takes `stage="encode"` for what knows one pair at a time, and what follows it."""
 
-    def align(self, features: Any) -> Any: ...
+    def align(self, features: Any) -> Any:
+        """The loss over the pairs of all processes."""
 
-    def loss_stage_parameters(self) -> list[nn.Parameter]: ...
+    def loss_stage_parameters(self) -> list[nn.Parameter]:
+        """What `align` uses and encoding does not."""
 
 
 @contextmanager
