@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_t3d.data.augmentation import AugmentingCollator, BatchAugmentation, normal_noise, swap_sides
+from modeling_t3d.counter_noise_t3d import normal_noise
+from modeling_t3d.data.augmentation import AugmentingCollator, BatchAugmentation, swap_sides
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingSample, stable_id
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
@@ -103,21 +104,6 @@ def test_views_that_only_fill_up_stay_zero():
     assert local[0, 1].abs().max() == 0
 
 
-def test_noise_is_normal_and_independent():
-    noise = torch.stack(
-        [normal_noise(torch.tensor(seed), 100_001, torch.device("cpu")) for seed in (0, 1, 2, 1 << 31)]
-    )
-    assert noise.shape == (4, 100_001)
-    assert noise.mean(1).abs().max() < 0.02
-    assert (noise.std(1) - 1).abs().max() < 0.02
-    kurtosis = (noise**4).mean(1)
-    assert (kurtosis - 3).abs().max() < 0.15
-    assert (torch.corrcoef(noise) - torch.eye(4)).abs().max() < 0.02, "seeds are independent"
-    neighbours = (noise[:, 1:] * noise[:, :-1]).mean(1)
-    halves = (noise[:, :50_000] * noise[:, 50_001:]).mean(1)
-    assert max(neighbours.abs().max(), halves.abs().max()) < 0.02, "and so are places"
-
-
 # ---------------------------------------------------------------------------------------------- sides
 
 
@@ -143,6 +129,8 @@ def test_text_and_views_change_sides_together(collator):
         ("Bright spot, no cleft.", "Bright spot, no cleft."),
         ("Consolidation of the lingula on the left.", None),
         ("Right middle lobe nodule.", None),
+        ("Bilateral effusions, left more than right.", "Bilateral effusions, right more than left."),
+        ("Bilateral effusions.", "Bilateral effusions."),
     ],
 )
 def test_sides_are_exchanged(text, swapped):

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..counter_noise_t3d import normal_noise
 from .datasets import PretrainingSample, stable_id
 
 _DRAWS = 3  # stream of random numbers; those of views and sentences come first
 _PARAMETERS = "augmentation_parameters"
 _SEEDS = "augmentation_seeds"
-_MASK = 0xFFFFFFFF
 # Words of one side only: their organ does not change sides when the words around it do.
 _ONE_SIDED = re.compile(r"lingula|middle lobe|dextro|levo|situs", re.IGNORECASE)
 _SIDE = re.compile(r"\b(left|right)(?=\b|ward|most)(?! (?:in place|in situ|unchanged|untreated))", re.IGNORECASE)
@@ -130,35 +130,6 @@ class BatchAugmentation:
         return values.clamp(-1, 1)
 
 
-def normal_noise(seed: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
-    """
-    Standard normal numbers from a seed that stays on its device: counters are hashed, pairs of hashes transformed.
-
-    Args:
-        seed (`torch.Tensor`, int64, no axes): 33 bits.
-        count (`int`): how many.
-        device (`torch.device`): where.
-
-    Returns:
-        `torch.Tensor` of shape `(count,)`, float32.
-    """
-    counter = torch.arange((count + 1) // 2, device=device)
-    first, second = (_hash(counter ^ _hash(seed * 2 + half)) for half in (0, 1))
-    # Box and Muller: a radius and an angle; half a step keeps the logarithm finite.
-    radius = torch.sqrt(-2 * torch.log((first.to(torch.float32) + 0.5) / 2**32))
-    angle = second.to(torch.float32) * (2 * math.pi / 2**32)
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count]
-
-
-def _hash(numbers: torch.Tensor) -> torch.Tensor:
-    """32-bit integers, in int64, mixed by two rounds of multiplying and shifting (the finaliser of MurmurHash3)."""
-    numbers = (numbers ^ (numbers >> 16)) & _MASK
-    for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
-        numbers = (numbers * factor) & _MASK
-        numbers = numbers ^ (numbers >> shift)
-    return numbers
-
-
 class AugmentingCollator:
     """
     A collator whose batches carry what an augmentation drew, and texts whose sides agree with the views.
@@ -201,4 +172,4 @@ def _mirrored(sample: PretrainingSample) -> PretrainingSample | None:
     return replace(sample, text=swapped[0], sentences=tuple(swapped[1:]), report_id=stable_id(swapped[0]))
 
 
-__all__ = ["AugmentingCollator", "BatchAugmentation", "normal_noise", "swap_sides"]
+__all__ = ["AugmentingCollator", "BatchAugmentation", "swap_sides"]
