@@ -254,6 +254,11 @@ def initialize_encoder_module(module: nn.Module, initializer_range: float = 0.02
         init.zeros_(module.bias)
 
 
+def trains_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` holds a batch norm in training mode: views or pairs that it sees then depend on each other."""
+    return any(isinstance(child, _BatchNorm) and child.training for child in module.modules())
+
+
 @contextmanager
 def frozen_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
     """
@@ -264,7 +269,10 @@ def frozen_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
     batch_norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
     saved = [(child.momentum, child.num_batches_tracked) for child in batch_norms]
     for child in batch_norms:
-        child.momentum, child.num_batches_tracked = 0.0, None
+        child.momentum = 0.0
+        # One that is synchronised over processes insists on counting: it counts on a copy.
+        synchronised = isinstance(child, nn.SyncBatchNorm)
+        child.num_batches_tracked = child.num_batches_tracked.clone() if synchronised else None
     try:
         yield
     finally:
@@ -311,4 +319,5 @@ __all__ = [
     "frozen_batch_norm_statistics",
     "initialize_encoder_module",
     "sincos_positions",
+    "trains_batch_norm",
 ]

@@ -89,6 +89,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
         """See [`T3DModel.clamp_logit_scale`]."""
         self.t3d.clamp_logit_scale()
 
+    def set_view_chunk_size(self, size: int | None) -> None:
+        """See [`T3DModel.set_view_chunk_size`]."""
+        self.t3d.set_view_chunk_size(size)
+
     def loss_stage_parameters(self) -> list[nn.Parameter]:
         """
         Parameters that `align` uses and `encode_pairs` does not: the pooling of views and its head, the temperature,

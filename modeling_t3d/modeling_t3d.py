@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
@@ -27,6 +28,7 @@ from .encoders_t3d import (
     T3DViTAttention,
     build_encoder,
     frozen_batch_norm_statistics,
+    trains_batch_norm,
 )
 from .layers_t3d import T3DProjectionHead, T3DViewFusion, masked_mean, unit_norm
 from .modeling_outputs_t3d import T3DOutput, T3DVisionModelOutput
@@ -129,6 +131,7 @@ class T3DModel(T3DPreTrainedModel):
         # A log, so that a learnt scale stays positive. Fixed, it is a parameter all the same: the placement of models
         # that do not fit on a device loses a nested module's own buffers.
         self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=self._learns_scale)
+        self._view_chunk_size: int | None = None
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.contrastive_loss == "sigmoid" else None
         # DistilBERT and others take no segments, and RoBERTa has a single one.
         self._takes_token_types = getattr(config.text_config, "type_vocab_size", 0) > 1
@@ -203,6 +206,32 @@ class T3DModel(T3DPreTrainedModel):
         if self._learns_scale:
             self.logit_scale.clamp_(max=log(self.config.max_logit_scale))
 
+    def set_view_chunk_size(self, size: int | None) -> None:
+        """
+        Encode this many local views at once, and again in the backward pass: memory then holds the activations of one
+        chunk of views. `None` encodes all at once. The gradients are the same.
+        """
+        self._view_chunk_size = size
+
+    def _encode_views(self, views: torch.Tensor) -> torch.Tensor:
+        """Token maps of `(views, num_channels, d, h, w)`, as `set_view_chunk_size` says."""
+        size = self._view_chunk_size
+        if size is None or size >= len(views):
+            return self.vision_model(views).last_hidden_state
+        if trains_batch_norm(self.vision_model):
+            raise ValueError(
+                f"chunks of {size} views would change the statistics of batch norm; put it into evaluation mode, "
+                'choose norm="group", or encode all views at once'
+            )
+
+        def encode(chunk: torch.Tensor) -> torch.Tensor:
+            return self.vision_model(chunk).last_hidden_state
+
+        *chunks, last = views.split(size)
+        maps = [checkpoint(encode, chunk, use_reentrant=False) for chunk in chunks]
+        # The backward pass begins with what came last: that graph is kept, for it is the one that memory holds then.
+        return torch.cat([*maps, encode(last)])
+
     def encode_local_views(
         self, local_pixel_values: torch.Tensor, local_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +254,7 @@ class T3DModel(T3DPreTrainedModel):
         views = local_pixel_values.flatten(0, 1)
         if local_mask is None:
             return (
-                self.vision_model(views).last_hidden_state.unflatten(0, shape),
+                self._encode_views(views).unflatten(0, shape),
                 torch.ones(shape, dtype=torch.bool, device=views.device),
             )
         if local_mask.shape != shape:
@@ -236,9 +265,9 @@ class T3DModel(T3DPreTrainedModel):
         kept = local_mask.flatten()
         # Asking costs one host synchronisation; encoding one view of padding would cost far more.
         if kept.all():
-            return self.vision_model(views).last_hidden_state.unflatten(0, shape), local_mask
+            return self._encode_views(views).unflatten(0, shape), local_mask
         if kept.any():
-            encoded = self.vision_model(views[kept]).last_hidden_state
+            encoded = self._encode_views(views[kept])
         else:
             # The other ranks wait for maps of the same grid.
             with torch.no_grad(), frozen_batch_norm_statistics(self.vision_model):
