@@ -197,51 +197,57 @@ class T3DForPreTraining(T3DPreTrainedModel):
             features (`T3DPairFeatures`): from `encode_pairs`, called with the same `return_loss`.
             return_loss (`bool`, defaults to `True`): compute the losses.
         """
-        image_embeds, text_embeds = unit_norm(features.image_features), unit_norm(features.text_features)
-        logits_per_text = self.t3d.similarity_logits(image_embeds, text_embeds)
-        ids = (features.study_ids, features.report_ids)
-        loss_gca, loss_sentences = None, None
+        scored = self.t3d(
+            image_features=features.image_features,
+            text_features=features.text_features,
+            return_loss=return_loss and self.config.lambda_gca > 0,
+            study_ids=features.study_ids,
+            report_ids=features.report_ids,
+            return_dict=True,
+        )
+        loss_sentences = None
         views: dict[str, Any] = {}
-        if return_loss and self.config.lambda_gca > 0:
-            loss_gca = self.t3d.global_alignment_loss(image_embeds, text_embeds, features.text_features, *ids)
         if return_loss and self.multi_view_alignment is not None:
             views = self.multi_view_alignment_loss(features)
         if return_loss and features.sentence_features is not None:
-            loss_sentences = self.sentence_alignment_loss(image_embeds, features)
+            loss_sentences = self.sentence_alignment_loss(features)
         terms = [
-            (self.config.lambda_gca, loss_gca),
+            (self.config.lambda_gca, scored.loss),
             (self.config.lambda_sentences, loss_sentences),
             (self.config.lambda_tma, views.get("loss_tma")),
         ]
         weighted = [weight * term for weight, term in terms if term is not None]
         return T3DForPreTrainingOutput(
             loss=torch.stack(weighted).sum() if weighted else None,
-            loss_gca=loss_gca,
+            loss_gca=scored.loss,
             loss_sentences=loss_sentences,
             **views,
-            logits_per_image=logits_per_text.T,
-            logits_per_text=logits_per_text,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
+            logits_per_image=scored.logits_per_image,
+            logits_per_text=scored.logits_per_text,
+            image_embeds=scored.image_embeds,
+            text_embeds=scored.text_embeds,
         )
 
-    def sentence_alignment_loss(self, image_embeds: torch.Tensor, features: T3DPairFeatures) -> torch.Tensor:
+    def sentence_alignment_loss(self, features: T3DPairFeatures) -> torch.Tensor:
         """GCA once for each of the `sentences` texts that a volume comes with, then the mean."""
         losses = [
-            self.t3d.global_alignment_loss(
-                image_embeds,
-                unit_norm(sentence),
-                sentence,
-                features.study_ids,
-                None if features.sentence_ids is None else features.sentence_ids[:, index],
-            )
+            self.t3d(
+                image_features=features.image_features,
+                text_features=sentence,
+                return_loss=True,
+                study_ids=features.study_ids,
+                report_ids=None if features.sentence_ids is None else features.sentence_ids[:, index],
+                output_logits=False,
+                return_dict=True,
+            ).loss
             for index, sentence in enumerate(features.sentence_features.unbind(dim=1))
         ]
         return torch.stack(losses).mean()
 
     def multi_view_alignment_loss(self, features: T3DPairFeatures) -> T3DForPreTrainingOutput:
         """TMA over the views of all ranks: `loss_tma`, its counts and `local_embeds`."""
-        tokens, local_mask = features.local_tokens, features.local_mask
+        tokens: torch.Tensor = features.local_tokens
+        local_mask = features.local_mask
         device = tokens.device
         batch = len(tokens)
         sizes = gather_sizes(batch, device)

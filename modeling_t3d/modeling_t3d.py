@@ -375,14 +375,6 @@ class T3DModel(T3DPreTrainedModel):
             attentions=output.attentions,
         )
 
-    def similarity_logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Scaled similarities `(reports, volumes)` of unit-norm embeddings, with the bias where there is one."""
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp().to(image_embeds.device)
-        if self.logit_bias is not None:
-            logits_per_text = logits_per_text + self.logit_bias.to(image_embeds.device)
-        return logits_per_text
-
     def global_alignment_loss(
         self,
         image_embeds: torch.Tensor,
@@ -437,8 +429,8 @@ class T3DModel(T3DPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         local_pixel_values: torch.Tensor | None = None,
@@ -448,33 +440,50 @@ class T3DModel(T3DPreTrainedModel):
         study_ids: torch.Tensor | None = None,
         report_ids: torch.Tensor | None = None,
         output_local_hidden_state: bool = False,
+        image_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
+        output_logits: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> T3DOutput:
         r"""
         Every report against every volume. Arguments as in `get_text_features`, `get_image_features` and, for the loss
         over pairs that `return_loss=True` adds, `global_alignment_loss`.
+
+        Args:
+            image_features, text_features (`torch.Tensor` of shape `(batch, projection_dim)`, *optional*): what
+                `get_image_features` and `get_text_features` gave, instead of their arguments.
+            output_logits (`bool`, defaults to `True`): without them, memory does not grow with the batch's square.
         """
-        vision_output = self.get_image_features(
-            pixel_values,
-            local_pixel_values,
-            local_mask,
-            local_positions,
-            output_local_hidden_state=output_local_hidden_state,
-            return_dict=True,
-            **kwargs,
-        )
-        text_output = self.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
-        image_embeds = unit_norm(vision_output.pooler_output)
-        text_embeds = unit_norm(text_output.pooler_output).to(image_embeds.device)
-        logits_per_text = self.similarity_logits(image_embeds, text_embeds)
+        vision_output, text_output = None, None
+        if image_features is None:
+            vision_output = self.get_image_features(
+                pixel_values,
+                local_pixel_values,
+                local_mask,
+                local_positions,
+                output_local_hidden_state=output_local_hidden_state,
+                return_dict=True,
+                **kwargs,
+            )
+            image_features = vision_output.pooler_output
+        if text_features is None:
+            text_output = self.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+            text_features = text_output.pooler_output
+        image_embeds = unit_norm(image_features)
+        text_features = text_features.to(image_embeds.device)
+        text_embeds = unit_norm(text_features)
+        logits_per_text = None
+        if output_logits:
+            with torch.autocast(image_embeds.device.type, enabled=False):
+                logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp().to(image_embeds.device)
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias.to(image_embeds.device)
         loss = None
         if return_loss:
-            loss = self.global_alignment_loss(
-                image_embeds, text_embeds, text_output.pooler_output.to(image_embeds.device), study_ids, report_ids
-            )
+            loss = self.global_alignment_loss(image_embeds, text_embeds, text_features, study_ids, report_ids)
         return T3DOutput(
             loss=loss,
-            logits_per_image=logits_per_text.T,
+            logits_per_image=None if logits_per_text is None else logits_per_text.T,
             logits_per_text=logits_per_text,
             image_embeds=image_embeds,
             text_embeds=text_embeds,
