@@ -60,6 +60,8 @@ class T3DTrainingArguments:
         num_processes (`int`, *optional*):
             How many processes the run must have; another count is refused before the first step. Some launchers
             start one process where several were asked for.
+        strategy (`"single"`, `"ddp"`, `"fsdp2"`, `"zero1"`, `"zero2"` or `"zero3"`, *optional*):
+            How the processes must share the model; whatever else was started is refused before the first step.
         use_cpu (`bool`, defaults to `False`): train on the CPU though there is an accelerator.
         find_unused_parameters (`bool`, defaults to `True`):
             Several processes: let a step leave some parameters without gradient (a term of weight 0, no local views).
@@ -95,6 +97,7 @@ class T3DTrainingArguments:
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     activation_checkpointing: bool = False
     num_processes: int | None = None
+    strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] | None = None
     use_cpu: bool = False
     find_unused_parameters: bool = True
     logging_steps: int = 10

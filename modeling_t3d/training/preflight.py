@@ -4,11 +4,9 @@
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from .arguments import ConfigurationError, T3DTrainingArguments
-
-_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+from .parallel import running_strategy
 
 
 def refuse_before_training(
@@ -29,12 +27,20 @@ def refuse_before_training(
             f"training.num_processes={args.num_processes}, but {world_size} were started; on CPUs start them with "
             f"torchrun --nproc_per_node {args.num_processes} (accelerate launch --cpu starts one)"
         )
-    if accelerator.distributed_type not in _DISTRIBUTED:
+    strategy = running_strategy(accelerator)
+    if args.strategy not in (None, strategy):
         raise ConfigurationError(
-            f"this trainer runs alone or data-parallel, not as {accelerator.distributed_type.value}; change the "
-            "Accelerate configuration"
+            f"training.strategy={args.strategy}, but {strategy} was started; launch with the file of "
+            f"examples/accelerate that is named after it, or change the setting"
         )
-    if args.per_device_train_batch_size * world_size < 2:
+    if strategy not in ("single", "ddp"):
+        raise ConfigurationError(
+            f"this trainer runs alone or data-parallel, not as {strategy}; change the Accelerate configuration"
+        )
+    pairs_per_loss = args.per_device_train_batch_size * world_size
+    if args.gradient_caching:
+        pairs_per_loss *= args.gradient_accumulation_steps
+    if pairs_per_loss < 2:
         raise ConfigurationError(
             "a contrastive batch needs at least 2 pairs; raise training.per_device_train_batch_size"
         )

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -35,8 +35,10 @@ from .checkpoints import (
     write_checkpoint,
     write_text_atomically,
 )
+from .batch_norm import training_mode
 from .model_card import fill_model_card
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
+from .parallel import refuse_shared_samples, step_gradients, wrap_model
 from .preflight import choose_precision, device_name, refuse_before_training
 from .progress import ProgressReporter, StepMeter, StopRequest
 from .sampling import KeyedDataset, ShardedBatchSampler, stable_seed
@@ -103,9 +105,10 @@ class T3DTrainer:
             drop_last=args.drop_last,
         )
         refuse_before_training(self.accelerator, args, len(train_dataset), self.steps_per_epoch)
+        refuse_shared_samples(self.accelerator, self.sampler, getattr(train_dataset, "fingerprint", None))
         if args.activation_checkpointing:
             model.activation_checkpointing_enable()
-        self.model = self.accelerator.prepare_model(model)
+        self.model = wrap_model(self.accelerator, model, args)
         self.unwrapped_model = self.accelerator.unwrap_model(self.model)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.unwrapped_model, args),
@@ -185,7 +188,7 @@ class T3DTrainer:
         args, state = self.args, self.state
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         last_saved = last_evaluated = state.step
-        self.model.train()
+        training_mode(self.model, args)
         steps = self._steps()
         interrupted = self._agree(stop)
         while self.progress < 1 and not interrupted:
@@ -234,18 +237,9 @@ class T3DTrainer:
             state.epoch, state.next_batch = state.epoch + 1, 0
 
     def _step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """One optimiser step; returns the scalars of the model's output, averaged over the micro-batches."""
-        accelerator, args, state = self.accelerator, self.args, self.state
-        terms: dict[str, torch.Tensor] = {}
-        for position, batch in enumerate(micro_batches, start=1):
-            # Gradients are averaged over processes once, with the last micro-batch.
-            with nullcontext() if position == len(micro_batches) else accelerator.no_sync(self.model):
-                on_device = send_to_device(batch, accelerator.device, non_blocking=True)
-                output = self.model(**self.batch_transform(on_device))
-                accelerator.backward(output["loss"] / len(micro_batches))
-            for name, value in output.items():
-                if isinstance(value, torch.Tensor) and value.ndim == 0:
-                    terms[name] = terms.get(name, 0.0) + value.detach() / len(micro_batches)
+        """One optimiser step; returns the scalars of the model's output, those of micro-batches averaged."""
+        args, state = self.args, self.state
+        terms = step_gradients(self.accelerator, self.model, micro_batches, args, self.batch_transform)
         parameters = self.unwrapped_model.parameters()
         limit = math.inf if args.max_grad_norm is None else args.max_grad_norm
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -285,7 +279,7 @@ class T3DTrainer:
             with torch.no_grad(), self.accelerator.autocast():
                 yield
         finally:
-            self.unwrapped_model.train()
+            training_mode(self.unwrapped_model, self.args)
             restore_random_state(before)
 
     def _evaluate(self, reporter: ProgressReporter) -> None:
