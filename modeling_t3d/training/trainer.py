@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from .arguments import ConfigurationError, T3DTrainingArguments
+from .batch_norm import training_mode
 from .checkpoints import (
     CheckpointError,
     flush_folder,
@@ -35,7 +36,6 @@ from .checkpoints import (
     write_checkpoint,
     write_text_atomically,
 )
-from .batch_norm import training_mode
 from .model_card import fill_model_card
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
