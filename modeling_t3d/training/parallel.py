@@ -114,7 +114,8 @@ def refuse_shared_samples(accelerator: Accelerator, sampler: ShardedBatchSampler
     seen = [sample for row in rows for sample in row[1:] if sample >= 0]
     if len(rows) != accelerator.num_processes or len(set(seen)) < len(seen):
         raise ConfigurationError(
-            f"processes would train on {len(seen) - len(set(seen))} of {len(seen)} samples twice; give each process its own index and all of them the same seed"
+            f"processes would train on {len(seen) - len(set(seen))} of {len(seen)} samples twice; "
+            "give each process its own index and all of them the same seed"
         )
 
 
