@@ -28,7 +28,8 @@ quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(WORKERS) \
 		examples/pretrain.py --config examples/configs/quickstart.yaml
 	$(BIN)/python examples/evaluate_phantoms.py --model $(QUICKSTART)/run/model \
-		--manifest $(QUICKSTART)/phantoms/manifest.csv --output $(QUICKSTART)/evaluation --num-probe 300
+		--manifest $(QUICKSTART)/phantoms/manifest.csv --output $(QUICKSTART)/evaluation --num-probe 300 \
+		--num-workers $(WORKERS)
 
 ablation: $(INSTALLED)
 	$(BIN)/python examples/ablation.py --output outputs/ablation $(ABLATION)

@@ -24,16 +24,21 @@ GROUPS = {
 PICTURED = "pleural effusion"
 
 
-def load_splits(manifest_path: Path, processor: T3DProcessor, num_probe: int) -> dict[str, PretrainingDataset]:
+def load_splits(
+    manifest_path: Path, processor: T3DProcessor, num_probe: int, num_workers: int
+) -> dict[str, PretrainingDataset]:
     """The data sets of a manifest of phantoms, prepared once beside it; of "train" the first `num_probe` rows."""
     sections, min_words = processor.report_sections, processor.min_report_words
     manifest = read_manifest(manifest_path, sections=sections, min_report_words=min_words)
     cache = manifest_path.parent / "prepared"
     counts = {"train": num_probe, "validation": None, "test": None}
-    return {
+    splits = {
         name: PretrainingDataset(manifest.split(name)[:count], processor.image_processor, cache)
         for name, count in counts.items()
     }
+    for part in splits.values():
+        part.prepare_all(num_workers)
+    return splits
 
 
 def draw_case(model: T3DForPreTraining, processor: T3DProcessor, test: PretrainingDataset, path: Path) -> Path:
@@ -52,12 +57,13 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="manifest of phantoms with splits and masks")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and attention.png")
     parser.add_argument("--num-probe", type=int, default=1000, help="training volumes that fit the linear baselines")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that prepare volumes; 0 uses this one")
     parser.add_argument("--num-resamples", type=int, default=1000, help="bootstrap replicates of the intervals")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     model = T3DForPreTraining.from_pretrained(arguments.model).eval()
     processor = T3DProcessor.from_pretrained(arguments.model)
-    splits = load_splits(arguments.manifest, processor, arguments.num_probe)
+    splits = load_splits(arguments.manifest, processor, arguments.num_probe, arguments.num_workers)
     results = evaluate_pretrained(
         model,
         processor,
