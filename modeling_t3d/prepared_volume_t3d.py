@@ -132,7 +132,7 @@ def _pack(cells: np.ndarray) -> str:
 def _unpack(text: str, shape: Sequence[int]) -> np.ndarray:
     """The booleans of `_pack`."""
     bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
-    return np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape)
+    return np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)
 
 
 @dataclass(eq=False)

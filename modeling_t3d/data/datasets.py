@@ -26,11 +26,13 @@ from .source_hashes import preparation_text
 from .sources import open_source
 from .store import VolumeStore
 from .texts import sample_sentences, stable_id
+from .token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 
 # Streams of random numbers: one part of a sample can change without moving the draws of another.
 _VIEWS, _ALIGNED, _SENTENCES = range(3)
+_KEPT_IN_MEMORY = 256 << 20  # bytes of global views that a process need not read from the store again
 
 
 @dataclass
@@ -127,6 +129,9 @@ class PretrainingDataset(Dataset):
         self.keep_global_views = keep_global_views
         self.seed = seed
         self.num_sentence_texts = num_sentence_texts
+        self._keys: dict[int, tuple[Any, str]] = {}
+        self._global_views: dict[int, np.ndarray] = {}
+        self._global_bytes = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,7 +150,7 @@ class PretrainingDataset(Dataset):
         try:
             if self.store is None:
                 return self._prepare(row)
-            key = self._key(row)
+            key = self._key(index)
             # A store of the manifest's own may be all that there is, and far: its tiles are checked as they are read.
             is_stored = key == row.key
             prepared = self.store.open(key) if is_stored else self.store.load(key, lambda: self._prepare(row))
@@ -155,12 +160,21 @@ class PretrainingDataset(Dataset):
         prepared.source = str(row.volume)
         return prepared
 
-    def _key(self, row: ManifestRow) -> str:
+    def _key(self, index: int) -> str:
         """Key of a row's volume; one that the manifest names counts where the store has it."""
-        store = cast(VolumeStore, self.store)
+        row, store = self.rows[index], cast(VolumeStore, self.store)
+        stamp, key = self._keys.get(index, (None, ""))
+        if key and key == row.key:
+            return key
         if row.key is not None and row.key in store:
+            self._keys[index] = None, row.key
             return row.key
-        return rescaled_key(store.key_of(row.volume), row.rescale)
+        # Looked up anew when the source changes; one that has vanished raises here.
+        status = row.volume.stat()
+        if stamp != (status.st_size, status.st_mtime_ns):
+            key = rescaled_key(store.key_of(row.volume), row.rescale)
+            self._keys[index] = (status.st_size, status.st_mtime_ns), key
+        return key
 
     def _prepare(self, row: ManifestRow) -> PreparedVolume:
         return self.image_processor.prepare(open_source(row.volume, row.rescale))
@@ -169,6 +183,8 @@ class PretrainingDataset(Dataset):
         """The kept global view of a row, before windows."""
         if self.store is None or not self.keep_global_views:
             return None
+        if index in self._global_views:
+            return torch.from_numpy(self._global_views[index].astype(np.float32))
         processor = self.image_processor
 
         def make() -> PreparedVolume:
@@ -178,8 +194,11 @@ class PretrainingDataset(Dataset):
             affine = processor.geometry(prepared).global_affine
             return PreparedVolume(values, affine, whole_volume_mask(values.shape))
 
-        kept = self.store.keep(self._key(self.rows[index]), processor.global_key(), make)
-        return torch.from_numpy(np.asarray(kept.array, dtype=np.float32))
+        values = self.store.keep(self._key(index), processor.global_key(), make).array
+        if self._global_bytes + values.nbytes <= _KEPT_IN_MEMORY:
+            self._global_views[index] = values
+            self._global_bytes += values.nbytes
+        return torch.from_numpy(values.astype(np.float32))
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> PretrainingSample:
         """A sample by index, or by (epoch, position of the batch in the epoch, index) as the trainer asks for it."""
@@ -286,6 +305,7 @@ class PretrainingCollator:
         self.tokenizer = processor.tokenizer
         self.num_local_views = self.image_processor.num_local_views if num_local_views is None else num_local_views
         self.max_report_tokens = min(max_report_tokens, self.tokenizer.model_max_length)
+        self._tokenize = TokenCache(self.tokenizer, self.max_report_tokens)
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         """One batch; view places come from the samples' seeds, never from a global generator."""
@@ -305,10 +325,6 @@ class PretrainingCollator:
         batch["study_ids"] = torch.tensor([sample.study_id for sample in samples])
         batch["report_ids"] = torch.tensor([sample.report_id for sample in samples])
         return batch
-
-    def _tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        limit = {"truncation": True, "max_length": self.max_report_tokens}
-        return dict(self.tokenizer(texts, padding="longest", return_tensors="pt", **limit))
 
     def _local_views(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         shared = None

@@ -133,6 +133,8 @@ class VolumeStore:
     def _connect(self) -> None:
         self._connection, self._root = connect(self.url, self.storage_options)
         self._readers: OrderedDict[str, VolumeReader] = OrderedDict()
+        # Compared as a whole once; tiles that a reader opened later reads are compared again.
+        self._verified: set[str] = set()
         self._process = os.getpid()
 
     @property
@@ -225,6 +227,7 @@ class VolumeStore:
     def remove(self, key: str) -> None:
         """Remove a volume, for instance a damaged one, so that it can be prepared again."""
         self._readers.pop(key, None)
+        self._verified.discard(key)
         with suppress(FileNotFoundError):
             self._file_system.rm_file(self._volume_path(key))
 
@@ -236,9 +239,10 @@ class VolumeStore:
             key (`str`): what `key_of` gave for the source.
             prepare (callable): makes the [`PreparedVolume`].
         """
-        if key not in self._readers and key in self:
+        if key not in self._verified and key in self:
             try:
                 self.verify(key)
+                self._verified.add(key)
             except StoreCorruptionError as error:
                 logger.warning("%s; it is prepared again now", str(error).partition(";")[0])
                 self.remove(key)

@@ -4,6 +4,7 @@
 
 import hashlib
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,10 +13,16 @@ MAX_SENTENCES = 3  # of a sampled text [choice]
 
 def split_sentences(text: str) -> list[str]:
     """Sentences of a report; a full stop inside a number or after an item number ends none."""
+    return list(_sentences(text))
+
+
+@lru_cache(maxsize=1 << 14)
+def _sentences(text: str) -> tuple[str, ...]:
     parts = re.split(r"(?<=[.!?])(?<!\b\d\.)\s+(?=\S)|\n+", text.strip())
-    return [part.strip() for part in parts if part and part.strip()]
+    return tuple(part.strip() for part in parts if part and part.strip())
 
 
+@lru_cache(maxsize=1 << 16)
 def stable_id(text: str) -> int:
     """Non-negative 63-bit hash of a text, case and white space aside; equal in every process and run."""
     normalised = " ".join(text.casefold().split())
@@ -27,7 +34,7 @@ def sample_sentences(text: str, seed: tuple[int, ...]) -> str:
 
     The same text and seed give the same sentences, so that identical reports stay identical.
     """
-    sentences = split_sentences(text)
+    sentences = _sentences(text)
     generator = np.random.default_rng(seed)
     count = int(generator.integers(1, min(MAX_SENTENCES, len(sentences)) + 1))
     chosen = np.sort(generator.choice(len(sentences), size=count, replace=False))

@@ -4,6 +4,7 @@
 where it stood, and processes never share a sample."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -85,6 +86,12 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
     def seek(self, epoch: int, first_batch: int = 0) -> None:
         """Let the next iteration start at a batch of an epoch."""
         self.epoch, self.first_batch = epoch, first_batch
+
+    def endless(self, batches_per_epoch: int) -> Iterator[list[SampleKey]]:
+        """From where `seek` went, epoch after epoch; of each its first `batches_per_epoch` batches."""
+        while True:
+            yield from islice(iter(self), max(0, batches_per_epoch - self.first_batch))
+            self.seek(self.epoch + 1)
 
     def global_size(self, batch: int) -> int:
         """Samples of a batch over all processes."""
