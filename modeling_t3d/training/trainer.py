@@ -7,8 +7,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from .checkpoints import (
 from .model_card import fill_model_card
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
+from .prefetch import prefetched
 from .preflight import choose_precision, device_name, refuse_before_training
 from .progress import ProgressReporter, StepMeter, StopRequest
 from .sampling import KeyedDataset, ShardedBatchSampler, stable_seed
@@ -189,25 +190,25 @@ class T3DTrainer:
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         last_saved = last_evaluated = state.step
         training_mode(self.model, args)
-        steps = self._steps()
         interrupted = self._agree(stop)
-        while self.progress < 1 and not interrupted:
-            start = time.monotonic()
-            micro_batches = next(steps)
-            wait_seconds = time.monotonic() - start
-            meter.add(self._step(micro_batches), wait_seconds)
-            state.elapsed_seconds += time.monotonic() - start
-            interrupted = self._agree(stop)
-            reporter.advance()
-            is_save_due = interrupted or bool(args.save_steps and state.step % args.save_steps == 0)
-            if is_save_due or self.progress >= 1 or state.step % args.logging_steps == 0:
-                reporter.log(state.step, meter.pop() | {"learning_rate": self.optimizer.param_groups[0]["lr"]})
-            if args.eval_steps and state.step % args.eval_steps == 0 and not interrupted:
-                self._evaluate(reporter)
-                last_evaluated = state.step
-            if is_save_due:
-                self.save_checkpoint()
-                last_saved = state.step
+        with closing(self._steps()) as steps:
+            while self.progress < 1 and not interrupted:
+                start = time.monotonic()
+                micro_batches = next(steps)
+                wait_seconds = time.monotonic() - start
+                meter.add(self._step(micro_batches), wait_seconds)
+                state.elapsed_seconds += time.monotonic() - start
+                interrupted = self._agree(stop)
+                reporter.advance()
+                is_save_due = interrupted or bool(args.save_steps and state.step % args.save_steps == 0)
+                if is_save_due or self.progress >= 1 or state.step % args.logging_steps == 0:
+                    reporter.log(state.step, meter.pop() | {"learning_rate": self.optimizer.param_groups[0]["lr"]})
+                if args.eval_steps and state.step % args.eval_steps == 0 and not interrupted:
+                    self._evaluate(reporter)
+                    last_evaluated = state.step
+                if is_save_due:
+                    self.save_checkpoint()
+                    last_saved = state.step
         if not interrupted:
             if last_evaluated != state.step or not self.metrics:
                 self._evaluate(reporter)
@@ -215,26 +216,39 @@ class T3DTrainer:
                 self.save_checkpoint()
         return interrupted
 
-    def _steps(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """Lists of micro-batches, one list per optimiser step, without end, from where the state stands."""
+    def _steps(self) -> Generator[list[dict[str, torch.Tensor]], None, None]:
+        """Lists of micro-batches, one list per optimiser step, from where the state stands; `close` ends loading."""
         state, args = self.state, self.args
-        while True:
-            self.sampler.seek(state.epoch, state.next_batch)
-            loader = DataLoader(
-                cast(Dataset, self.train_dataset),
-                batch_sampler=self.sampler,
-                collate_fn=self.collator,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-                # A loader draws its workers' seed from the global generator unless it is given one.
-                generator=torch.Generator(),
-            )
-            batches = iter(loader)
-            for _ in range(self.steps_per_epoch - state.next_batch // args.gradient_accumulation_steps):
-                micro_batches = list(islice(batches, args.gradient_accumulation_steps))
+        size = args.gradient_accumulation_steps
+        batches_per_epoch = min(self.sampler.num_batches, self.steps_per_epoch * size)
+        with closing(self._batches(batches_per_epoch)) as batches:
+            while True:
+                if state.next_batch >= batches_per_epoch:
+                    state.epoch, state.next_batch = state.epoch + 1, 0
+                micro_batches = list(islice(batches, min(size, batches_per_epoch - state.next_batch)))
                 state.next_batch += len(micro_batches)
                 yield micro_batches
-            state.epoch, state.next_batch = state.epoch + 1, 0
+
+    def _batches(self, batches_per_epoch: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        """This process's batches, made ahead of time; where the steps are known, no more than they take."""
+        state, args = self.state, self.args
+        self.sampler.seek(state.epoch, state.next_batch)
+        keys = self.sampler.endless(batches_per_epoch)
+        if self.total_steps is not None:
+            first = state.epoch * batches_per_epoch + state.next_batch
+            epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
+            keys = islice(keys, epochs * batches_per_epoch + steps * args.gradient_accumulation_steps - first)
+        loader = DataLoader(
+            cast(Dataset, self.train_dataset),
+            batch_sampler=keys,
+            collate_fn=self.collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # A loader draws its workers' seed from the global generator unless it is given one.
+            generator=torch.Generator(),
+        )
+        # Loader processes work ahead by themselves.
+        return (batch for batch in loader) if args.dataloader_num_workers else prefetched(loader)
 
     def _step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One optimiser step; returns the scalars of the model's output, those of micro-batches averaged."""
