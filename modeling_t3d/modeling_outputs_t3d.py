@@ -69,7 +69,8 @@ class T3DPairFeatures(ModelOutput):
     every field is the pair; fields of integers and masks have no gradient.
 
     Args:
-        image_features (`torch.FloatTensor` of shape `(batch, projection_dim)`): projected, un-normalised.
+        image_features (`torch.FloatTensor` of shape `(batch, projection_dim)`, *optional*): projected, un-normalised;
+            left out where no term reads the volumes' embeddings.
         text_features (`torch.FloatTensor` of shape `(batch, projection_dim)`): projected, un-normalised.
         local_tokens (`torch.FloatTensor` of shape `(batch, views, tokens, projection_dim)`, *optional*):
             Projected token maps of the local views, which multi-view alignment needs.
@@ -77,6 +78,11 @@ class T3DPairFeatures(ModelOutput):
         report_tokens (`torch.FloatTensor` of shape `(batch, report_tokens, projection_dim)`, *optional*):
             Projected tokens of the reports, without a gradient: `tma_query="vision"`.
         report_mask (`torch.BoolTensor` of shape `(batch, report_tokens)`, *optional*): `False` for padding.
+        local_features (`torch.FloatTensor` of shape `(batch, views, projection_dim)`, *optional*):
+            Each local view's own projected, un-normalised embedding: `gca_views="local"` and `tma_query="mean"`.
+        restoration_errors (`torch.FloatTensor` of shape `(batch, views, 2)`, *optional*):
+            Squared errors of restored views, summed over all voxels and over corrupted blocks: `lambda_tir` above 0.
+        restoration_voxels (`torch.LongTensor` of shape `(batch, views, 2)`, *optional*): how many voxels those are.
         sentence_features (`torch.FloatTensor` of shape `(batch, sentences, projection_dim)`, *optional*):
             Projected, un-normalised embeddings of the volumes' further texts.
         study_ids, report_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): as they were given.
@@ -89,6 +95,9 @@ class T3DPairFeatures(ModelOutput):
     local_mask: torch.Tensor | None = None
     report_tokens: torch.Tensor | None = None
     report_mask: torch.Tensor | None = None
+    local_features: torch.Tensor | None = None
+    restoration_errors: torch.Tensor | None = None
+    restoration_voxels: torch.Tensor | None = None
     sentence_features: torch.Tensor | None = None
     study_ids: torch.Tensor | None = None
     report_ids: torch.Tensor | None = None
@@ -117,7 +126,7 @@ class T3DPairFeatures(ModelOutput):
         joined = {}
         for name in parts[0]:
             tensors = [part[name] for part in parts]
-            if name in ("local_tokens", "local_mask", "report_tokens", "report_mask"):
+            if name.startswith(("local_", "report_tokens", "report_mask", "restoration_")):
                 longest = max(tensor.shape[1] for tensor in tensors)
                 tensors = [
                     nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1]))
@@ -138,12 +147,17 @@ class T3DForPreTrainingOutput(ModelOutput):
         loss_sentences (`torch.FloatTensor` of shape `()`, *optional*):
             Global alignment with sentences of the reports, mean over the sentences of a volume.
         loss_tma (`torch.FloatTensor` of shape `()`, *optional*): multi-view alignment, mean over all ranks' views.
+        loss_tir (`torch.FloatTensor` of shape `()`, *optional*):
+            Restoration: squared error of restored views, mean over all voxels of all ranks' views.
+        loss_tir_corrupted (`torch.FloatTensor` of shape `()`, *optional*):
+            The same over zeroed blocks alone, without a gradient.
         log_num_candidates (`torch.FloatTensor` of shape `()`, *optional*):
             What `loss_tma` is when views carry no information: the mean log of the number of candidates.
         num_valid_anchors (`torch.LongTensor` of shape `()`, *optional*): views that were anchors, on all ranks.
         num_skipped_pairs (`torch.LongTensor` of shape `()`, *optional*):
             Pairs with fewer than two valid views, on all ranks: they have no anchors.
-        logits_per_image (`torch.FloatTensor` of shape `(batch, batch)`): scaled similarities of this rank.
+        logits_per_image (`torch.FloatTensor` of shape `(batch, batch)`, *optional*): scaled similarities of this rank;
+            like `image_embeds` left out with `return_loss=True` where no term reads the volumes' embeddings.
         logits_per_text (`torch.FloatTensor` of shape `(batch, batch)`): their transpose.
         image_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
         text_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): of unit norm.
@@ -155,6 +169,8 @@ class T3DForPreTrainingOutput(ModelOutput):
     loss_gca: torch.Tensor | None = None
     loss_sentences: torch.Tensor | None = None
     loss_tma: torch.Tensor | None = None
+    loss_tir: torch.Tensor | None = None
+    loss_tir_corrupted: torch.Tensor | None = None
     log_num_candidates: torch.Tensor | None = None
     num_valid_anchors: torch.Tensor | None = None
     num_skipped_pairs: torch.Tensor | None = None

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Pre-training: the towers encode pairs of volume and report, the objectives align them across pairs and ranks."""
 
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ from .configuration_t3d import T3DConfig
 from .contrastive_loss_t3d import gathered_non_negatives
 from .encoders_t3d import frozen_batch_norm_statistics
 from .layers_t3d import T3DMultiViewAlignment, T3DReports, unit_norm
-from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DPairFeatures
+from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DPairFeatures
 from .modeling_t3d import T3DModel, model_from_towers
 from .pretrained_model_t3d import T3DPreTrainedModel
+from .restoration_t3d import T3DRestoration, corrupt_views, restoration_errors, restoration_loss, view_seeds
 
 # Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
 _MAX_POOLED_ELEMENTS = 2**26
@@ -31,8 +33,9 @@ _LOSS_STAGE = ("multi_view_alignment.", "t3d.logit_scale", "t3d.logit_bias")
 
 class T3DForPreTraining(T3DPreTrainedModel):
     r"""
-    Pre-training by global alignment (GCA) and text-informed multi-view alignment (TMA). With `lambda_tma=0` the model
-    has no `multi_view_alignment` and needs no local views.
+    Pre-training by global alignment (GCA), text-informed multi-view alignment (TMA) and text-informed restoration
+    (TIR). What has weight 0 is not computed and has no parameters; without TMA, TIR and `gca_views="local"` no local
+    views are needed, and where no term reads the volume's embedding, global views are not encoded.
 
     A step has two stages. [`~T3DForPreTraining.encode_pairs`] runs the towers and whatever else knows one pair at a
     time; [`~T3DForPreTraining.align`] runs the objectives, which know all pairs of all ranks:
@@ -71,7 +74,11 @@ class T3DForPreTraining(T3DPreTrainedModel):
     def __init__(self, config: T3DConfig):
         super().__init__(config)
         self.t3d = T3DModel(config)
-        self.multi_view_alignment = T3DMultiViewAlignment(config) if config.lambda_tma > 0 else None
+        pools_views = config.lambda_tma > 0 and config.tma_query != "mean"
+        self.multi_view_alignment = T3DMultiViewAlignment(config) if pools_views else None
+        self.restoration = None
+        if config.lambda_tir > 0:
+            self.restoration = T3DRestoration(config, self.t3d.vision_model.encoder.feature_strides[-1])
         self.post_init()
 
     @classmethod
@@ -102,6 +109,20 @@ class T3DForPreTraining(T3DPreTrainedModel):
 
     # --- the first stage: what knows one pair at a time --------------------------------------------------------------
 
+    @property
+    def _aligns_views(self) -> bool:
+        return self.config.lambda_tma > 0
+
+    @property
+    def _reads_views(self) -> bool:
+        """Whether a term reads the local views as they are."""
+        return self._aligns_views or (self.config.lambda_gca > 0 and self.config.gca_views == "local")
+
+    @property
+    def _reads_volumes(self) -> bool:
+        """Whether a term other than that of sentences reads the volumes' embeddings."""
+        return self.config.lambda_gca > 0 and self.config.gca_views == "volume"
+
     def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
         """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
         with frozen_batch_norm_statistics(self.t3d.visual_projection):  # they are those of pooled volumes
@@ -119,10 +140,74 @@ class T3DForPreTraining(T3DPreTrainedModel):
         features = self.t3d.get_text_features(*flat, return_dict=True).pooler_output
         return features.unflatten(0, sentence_input_ids.shape[:2])
 
+    def restore_views(
+        self,
+        local_pixel_values: torch.Tensor,
+        local_mask: torch.Tensor,
+        report_tokens: torch.Tensor,
+        report_mask: torch.Tensor | None = None,
+        corruption_seeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Corrupt the views, restore them with the report's help, and compare.
+
+        Args:
+            local_pixel_values (`torch.Tensor` of shape `(batch, views, num_channels, d, h, w)`), local_mask: views.
+            report_tokens (`torch.Tensor` of shape `(batch, report_tokens, projection_dim)`), report_mask: projected.
+            corruption_seeds (`torch.LongTensor` of shape `(batch,)`, *optional*): as in `forward`.
+
+        Returns:
+            Sums of squared errors and numbers of voxels of each view, both `(batch, views, 2)`; see
+            [`~restoration_t3d.restoration_errors`].
+        """
+        batch, num_views = local_pixel_values.shape[:2]
+        if corruption_seeds is None:
+            # Drawn on the host, where gradient caching replays it; evaluation draws nothing.
+            drawn = torch.randint(1 << 62, (batch,)) if self.training else torch.arange(batch)
+            corruption_seeds = drawn.to(local_pixel_values.device)
+        corrupted, zeroed = corrupt_views(
+            local_pixel_values.flatten(0, 1),
+            view_seeds(corruption_seeds, num_views).flatten(),
+            block_size=self.config.tir_block_size,
+            ratio=self.config.tir_mask_ratio,
+            noise=self.config.tir_noise,
+        )
+        # Running batch statistics are those of whole views, where any are encoded.
+        encodes_whole = self._reads_views or self._reads_volumes
+        with frozen_batch_norm_statistics(self.t3d.vision_model) if encodes_whole else nullcontext():
+            maps, _ = self.t3d.encode_local_views(corrupted.unflatten(0, (batch, num_views)), local_mask)
+        restored = self.restoration(maps, report_tokens, report_mask, local_pixel_values.shape[3:])
+        sums, counts = restoration_errors(restored, local_pixel_values.flatten(0, 1), zeroed)
+        return sums.unflatten(0, (batch, num_views)), counts.unflatten(0, (batch, num_views))
+
+    def _report_features(
+        self,
+        last_hidden_state: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        local_pixel_values: torch.Tensor,
+        local_mask: torch.Tensor,
+        corruption_seeds: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """What views learn from the tokens of their reports."""
+        device, features = local_mask.device, {}
+        if attention_mask is None:
+            attention_mask = torch.ones_like(last_hidden_state[..., 0])
+        mask = attention_mask.to(device, torch.bool)
+        # Views that ask teach the text branch nothing; restoration does. Batch statistics are those of whole texts.
+        learns = torch.is_grad_enabled() and self.restoration is not None
+        with torch.set_grad_enabled(learns), frozen_batch_norm_statistics(self.t3d.text_projection):
+            tokens = self.t3d.text_projection(last_hidden_state).to(device)
+        if self._aligns_views and self.config.tma_query == "vision":
+            features["report_tokens"], features["report_mask"] = tokens.detach(), mask
+        if self.restoration is not None:
+            errors, voxels = self.restore_views(local_pixel_values, local_mask, tokens, mask, corruption_seeds)
+            features["restoration_errors"], features["restoration_voxels"] = errors, voxels
+        return features
+
     def encode_pairs(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         local_pixel_values: torch.Tensor | None = None,
@@ -135,6 +220,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
         sentence_attention_mask: torch.Tensor | None = None,
         sentence_token_type_ids: torch.Tensor | None = None,
         sentence_ids: torch.Tensor | None = None,
+        corruption_seeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> T3DPairFeatures:
         """
@@ -145,42 +231,49 @@ class T3DForPreTraining(T3DPreTrainedModel):
             return_loss (`bool`, defaults to `True`): also what the embeddings alone do not need.
             others: as in `forward`.
         """
-        aligns_views = return_loss and self.multi_view_alignment is not None
-        if aligns_views and local_pixel_values is None:
+        reads_views = return_loss and self._reads_views
+        restores = return_loss and self.restoration is not None
+        if (reads_views or restores) and local_pixel_values is None:
+            names = [name for name in ("lambda_tma", "lambda_tir") if getattr(self.config, name)] or ["lambda_gca"]
             raise ValueError(
-                f"lambda_tma={self.config.lambda_tma} needs local views: pass local_pixel_values or set lambda_tma=0"
+                f"{names[0]}={getattr(self.config, names[0])} needs local views: pass local_pixel_values or set "
+                f"{names[0]}=0"
             )
-        vision_output = self.t3d.get_image_features(
-            pixel_values,
-            local_pixel_values,
-            local_mask,
-            local_positions,
-            output_local_hidden_state=aligns_views,
-            return_dict=True,
-            **kwargs,
-        )
+        reads_sentences = return_loss and sentence_input_ids is not None and self.config.lambda_sentences > 0
+        features = T3DPairFeatures(study_ids=study_ids, report_ids=report_ids)
+        maps = None
+        if not return_loss or self._reads_volumes or reads_sentences:
+            vision_output = self.t3d.get_image_features(
+                pixel_values,
+                local_pixel_values,
+                local_mask,
+                local_positions,
+                output_local_hidden_state=reads_views,
+                return_dict=True,
+                **kwargs,
+            )
+            features["image_features"], maps = vision_output.pooler_output, vision_output.local_hidden_state
+        elif reads_views:
+            maps, _ = self.t3d.encode_local_views(local_pixel_values, local_mask)
         text_output = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
-        device = vision_output.pooler_output.device
-        features = T3DPairFeatures(
-            image_features=vision_output.pooler_output,
-            text_features=text_output.pooler_output.to(device),
-            study_ids=study_ids,
-            report_ids=report_ids,
-        )
-        if aligns_views:
-            maps = vision_output.local_hidden_state
-            features["local_tokens"] = self.project_tokens(maps)
+        visual = next(tensor for tensor in (features.image_features, maps, local_pixel_values) if tensor is not None)
+        device = visual.device
+        features["text_features"] = text_output.pooler_output.to(device)
+        if reads_views or restores:
             if local_mask is None:
-                local_mask = torch.ones(maps.shape[:2], dtype=torch.bool)
-            features["local_mask"] = local_mask.to(device, torch.bool)
-            if self.config.tma_query == "vision":
-                # The views ask; the text branch learns nothing by it.
-                with torch.no_grad():
-                    features["report_tokens"] = self.t3d.text_projection(text_output.last_hidden_state).to(device)
-                if attention_mask is None:
-                    attention_mask = torch.ones_like(input_ids)
-                features["report_mask"] = attention_mask.to(device, torch.bool)
-        if return_loss and sentence_input_ids is not None and self.config.lambda_sentences > 0:
+                local_mask = torch.ones(local_pixel_values.shape[:2], dtype=torch.bool)
+            local_mask = features["local_mask"] = local_mask.to(device, torch.bool)
+        if reads_views and self.multi_view_alignment is not None:
+            features["local_tokens"] = self.project_tokens(maps)
+        if reads_views and (self.config.gca_views == "local" or self.config.tma_query == "mean"):
+            features["local_features"] = self.t3d.visual_projection(maps.mean(dim=(3, 4, 5)))
+        if restores or (return_loss and self._aligns_views and self.config.tma_query == "vision"):
+            report = self._report_features(
+                text_output.last_hidden_state, attention_mask, local_pixel_values, local_mask, corruption_seeds
+            )
+            for name, value in report.items():
+                features[name] = value
+        if reads_sentences:
             sentences = self.encode_sentences(sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
             features["sentence_features"] = sentences.to(device)
             if sentence_ids is not None:
@@ -197,31 +290,41 @@ class T3DForPreTraining(T3DPreTrainedModel):
             features (`T3DPairFeatures`): from `encode_pairs`, called with the same `return_loss`.
             return_loss (`bool`, defaults to `True`): compute the losses.
         """
-        scored = self.t3d(
-            image_features=features.image_features,
-            text_features=features.text_features,
-            return_loss=return_loss and self.config.lambda_gca > 0,
-            study_ids=features.study_ids,
-            report_ids=features.report_ids,
-            return_dict=True,
-        )
-        loss_sentences = None
+        scored = T3DOutput(text_embeds=unit_norm(features.text_features))
+        if features.image_features is not None:
+            scored = self.t3d(
+                image_features=features.image_features,
+                text_features=features.text_features,
+                return_loss=return_loss and self._reads_volumes,
+                study_ids=features.study_ids,
+                report_ids=features.report_ids,
+                return_dict=True,
+            )
+        loss_gca, loss_sentences = scored.loss, None
         views: dict[str, Any] = {}
-        if return_loss and self.multi_view_alignment is not None:
+        restoration: dict[str, Any] = {}
+        if return_loss and self.config.lambda_gca > 0 and self.config.gca_views == "local":
+            loss_gca = self.view_alignment_loss(features)
+        if return_loss and self._aligns_views:
             views = self.multi_view_alignment_loss(features)
+        if return_loss and self.restoration is not None:
+            losses = restoration_loss(features.restoration_errors, features.restoration_voxels, features.local_mask)
+            restoration = dict(zip(("loss_tir", "loss_tir_corrupted"), losses, strict=True))
         if return_loss and features.sentence_features is not None:
             loss_sentences = self.sentence_alignment_loss(features)
         terms = [
-            (self.config.lambda_gca, scored.loss),
+            (self.config.lambda_gca, loss_gca),
             (self.config.lambda_sentences, loss_sentences),
             (self.config.lambda_tma, views.get("loss_tma")),
+            (self.config.lambda_tir, restoration.get("loss_tir")),
         ]
         weighted = [weight * term for weight, term in terms if term is not None]
         return T3DForPreTrainingOutput(
             loss=torch.stack(weighted).sum() if weighted else None,
-            loss_gca=scored.loss,
+            loss_gca=loss_gca,
             loss_sentences=loss_sentences,
             **views,
+            **restoration,
             logits_per_image=scored.logits_per_image,
             logits_per_text=scored.logits_per_text,
             image_embeds=scored.image_embeds,
@@ -244,12 +347,28 @@ class T3DForPreTraining(T3DPreTrainedModel):
         ]
         return torch.stack(losses).mean()
 
+    def view_alignment_loss(self, features: T3DPairFeatures) -> torch.Tensor:
+        """GCA once for each view slot, among the volumes that have that view, then the sum: GTGM's `clip(Z, T)`."""
+        losses = []
+        for view, exists in zip(features.local_features.unbind(dim=1), features.local_mask.unbind(dim=1), strict=True):
+            ids = (features.study_ids, features.report_ids)
+            study_ids, report_ids = (None if values is None else values.to(exists.device)[exists] for values in ids)
+            scored = self.t3d(
+                image_features=view[exists],
+                text_features=features.text_features[exists],
+                return_loss=True,
+                study_ids=study_ids,
+                report_ids=report_ids,
+                output_logits=False,
+                return_dict=True,
+            )
+            losses.append(scored.loss)
+        return torch.stack(losses).sum()
+
     def multi_view_alignment_loss(self, features: T3DPairFeatures) -> T3DForPreTrainingOutput:
         """TMA over the views of all ranks: `loss_tma`, its counts and `local_embeds`."""
-        tokens: torch.Tensor = features.local_tokens
-        local_mask = features.local_mask
-        device = tokens.device
-        batch = len(tokens)
+        tokens, local_mask = features.local_tokens, features.local_mask
+        device, batch = local_mask.device, len(local_mask)
         sizes = gather_sizes(batch, device)
         num_pairs, offset = sum(sizes), sum(sizes[: rank()])
         if num_pairs < 2:
@@ -268,9 +387,12 @@ class T3DForPreTraining(T3DPreTrainedModel):
 
         reports = T3DReports(features.text_features, features.report_tokens, features.report_mask)
         masks = {"own_pair": own_pair, "view_mask": view_mask, "excluded": excluded}
-        # A learnt query is the same for every pair: whose query it is makes no difference.
-        if self.config.tma_query == "none" or self.config.tma_negatives == "own_query":
-            own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
+        # A learnt query is the same for every pair, and the mean asks none: whose query it is makes no difference.
+        if self.config.tma_query in ("none", "mean") or self.config.tma_negatives == "own_query":
+            if self.config.tma_query == "mean":
+                own_views = unit_norm(features.local_features)
+            else:
+                own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
             views = all_gather(own_views, sizes)
             views = views.expand(batch, -1, -1, -1) if candidates is None else views[candidates]
             terms = multi_view_contrastive(views, temperature=self.config.tma_temperature, **masks)
@@ -314,6 +436,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
         sentence_attention_mask: torch.Tensor | None = None,
         sentence_token_type_ids: torch.Tensor | None = None,
         sentence_ids: torch.Tensor | None = None,
+        corruption_seeds: torch.Tensor | None = None,
         stage: Literal["encode", "align"] | None = None,
         features: T3DPairFeatures | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -330,6 +453,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 sentences, tokens)`, *optional*): further texts of each volume, such as sentences of its report; all
                 ranks give as many.
             sentence_ids (`torch.LongTensor` of shape `(batch, sentences)`, *optional*): as `report_ids`.
+            corruption_seeds (`torch.LongTensor` of shape `(batch,)`, *optional*): what decides how restoration
+                corrupts each pair's views; drawn anew in training and the pairs' places in evaluation by default.
             stage (`"encode"` or `"align"`, *optional*): run one stage alone; `"encode"` returns [`T3DPairFeatures`].
             features (`T3DPairFeatures`, *optional*): what `stage="align"` takes instead of everything above it.
         """
@@ -352,6 +477,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
             sentence_attention_mask,
             sentence_token_type_ids,
             sentence_ids,
+            corruption_seeds,
             **kwargs,
         )
         return encoded if stage == "encode" else self.align(encoded, return_loss)
@@ -370,7 +496,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
         Where in each view a text looks, for localisation: a report, or the prompt of a class.
 
         `tma_query="text"`: the attention of the text's query, mean over heads; `"none"`: of the learnt query,
-        whatever the text. Otherwise (`"vision"`, whose attention runs over the report, and models without TMA):
+        whatever the text. Otherwise (`"vision"`, whose attention runs over the report, `"mean"`, models without TMA):
         softmax over the view's tokens of their similarity to the text, at the temperature of global alignment.
 
         Args:

@@ -109,7 +109,7 @@ class T3DModel(T3DPreTrainedModel):
     ```"""
 
     # What pre-training needs beyond the dual encoder is no news to who loads the dual encoder from its folder.
-    _keys_to_ignore_on_load_unexpected = [r"^multi_view_alignment\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(multi_view_alignment|restoration)\."]  # noqa: RUF012
 
     def __init__(self, config: T3DConfig):
         super().__init__(config)

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from .configuration_t3d import T3DConfig
 from .encoders_t3d import checkpoint_counting_once, initialize_encoder_module
 from .layers_t3d import T3DMultiViewAlignment, T3DViewFusion
+from .restoration_t3d import T3DRestoration
 
 if TYPE_CHECKING:
     # Never executed: the exporter of custom code follows the text of imports, and the Auto classes named below need
@@ -75,7 +76,7 @@ class T3DPreTrainedModel(PreTrainedModel):
                 init.constant_(module.logit_bias, self.config.initial_logit_bias)
         elif isinstance(module, T3DViewFusion):
             init.xavier_uniform_(module.position_projection.weight)
-        elif isinstance(module, T3DMultiViewAlignment):
+        elif isinstance(module, (T3DMultiViewAlignment, T3DRestoration)):
             for projection in (
                 module.query_projection,
                 module.key_projection,
@@ -83,6 +84,9 @@ class T3DPreTrainedModel(PreTrainedModel):
                 module.output_projection,
             ):
                 init.xavier_uniform_(projection.weight)
+            if isinstance(module, T3DRestoration):
+                # A restored view begins near 0, the mean of what views are scaled to.
+                init.normal_(module.output_convolution.weight, mean=0.0, std=self.config.initializer_range)
 
     @property
     def dtype(self) -> torch.dtype:

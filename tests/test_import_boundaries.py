@@ -15,7 +15,10 @@ PACKAGE = ROOT / "modeling_t3d"
 
 # file or folder -> siblings it may import
 ALLOWED = {
-    "configuration_t3d": set(),
+    "presets_t3d": set(),
+    "configuration_t3d": {"presets_t3d"},
+    "counter_noise_t3d": set(),
+    "restoration_t3d": {"communication_t3d", "configuration_t3d", "counter_noise_t3d"},
     "geometry_t3d": set(),
     "communication_t3d": set(),
     "contrastive_loss_t3d": {"communication_t3d"},
@@ -87,7 +90,13 @@ ALLOWED = {
     "layers_t3d": {"configuration_t3d", "encoders_t3d"},
     "modeling_outputs_t3d": set(),
     # The head is named for the exporter of custom code alone: that import is never executed.
-    "pretrained_model_t3d": {"configuration_t3d", "encoders_t3d", "layers_t3d", "modeling_pretraining_t3d"},
+    "pretrained_model_t3d": {
+        "configuration_t3d",
+        "encoders_t3d",
+        "layers_t3d",
+        "modeling_pretraining_t3d",
+        "restoration_t3d",
+    },
     "modeling_t3d": {
         "communication_t3d",
         "configuration_t3d",
@@ -107,9 +116,11 @@ ALLOWED = {
         "modeling_outputs_t3d",
         "modeling_t3d",
         "pretrained_model_t3d",
+        "restoration_t3d",
     },
     "pipelines_t3d": {"geometry_t3d", "modeling_t3d", "processing_t3d"},
     "data": {
+        "counter_noise_t3d",
         "geometry_t3d",
         "intensity_t3d",
         "prepared_volume_t3d",
