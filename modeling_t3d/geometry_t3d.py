@@ -121,6 +121,24 @@ def shear(affine: np.ndarray) -> float:
     return max(abs(float(directions[:, i] @ directions[:, j])) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+def factor_shear(affine: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """What a sheared grid is made of: `affine[:3, order] = rotation @ upper`.
+
+    Returns:
+        The array axes, those of the slice planes first: the pair that is nearest to a right angle and, of several,
+        has the finest voxels. Unit vectors (3, 3) at right angles, in the same order. An upper triangle (3, 3):
+        distances of the planes in mm, and the shear beside them.
+    """
+    directions, spacing = axis_directions(affine), spacing_from_affine(affine)
+    cosines = {(i, j): abs(float(directions[:, i] @ directions[:, j])) for i, j in ((0, 1), (0, 2), (1, 2))}
+    area = {(i, j): spacing[i] * spacing[j] for i, j in cosines}
+    first, second = min(cosines, key=lambda pair: (max(cosines[pair], SHEAR_TOLERANCE), area[pair]))
+    order = [first, second, 3 - first - second]
+    rotation, upper = np.linalg.qr(np.asarray(affine, dtype=np.float64)[:3, order])
+    signs = np.sign(np.diag(upper))
+    return order, rotation * signs, upper * signs[:, None]
+
+
 def orientation(affine: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Nearest world axis (0, 1, 2 = x, y, z) and sign (+1, -1) of each array axis.
 
@@ -271,14 +289,14 @@ class Volume:
         """Whether the array axes are not at right angles (gantry tilt)."""
         return shear(self.affine) > SHEAR_TOLERANCE
 
-    def to_canonical(self, contiguous: bool = True) -> "Volume":
+    def to_canonical(self, contiguous: bool = True, sheared: bool = False) -> "Volume":
         """The same voxels in (z, y, x) order growing towards superior, anterior and right.
 
         Axes are permuted and flipped as exact index operations; an oblique volume goes to the nearest axes and keeps
-        its rotation in the affine. Raises `VolumeGeometryError` when sheared or exactly between two orientations.
-        With `contiguous=False` the voxels stay where they are and the array is a view of them.
+        its rotation in the affine. Raises `VolumeGeometryError` when exactly between two orientations, or sheared
+        without `sheared=True`. With `contiguous=False` the voxels stay where they are: the array is a view of them.
         """
-        if self.is_sheared:
+        if self.is_sheared and not sheared:
             raise VolumeGeometryError(
                 "the volume's axes are not at right angles (sheared); pass it through to_volume first"
             )
@@ -348,6 +366,7 @@ __all__ = [
     "check_affine",
     "check_spacing",
     "crop_affine",
+    "factor_shear",
     "orientation",
     "scale_affine",
     "shear",

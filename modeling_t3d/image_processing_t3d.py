@@ -32,11 +32,11 @@ from .nifti_stream_t3d import NiftiFile
 from .preparation_t3d import Preparation
 from .prepared_volume_t3d import PreparedVolume, ViewGeometry, cut_frame, frame_loss, global_frame
 from .resample_t3d import AxisSampling, sampled_affine
-from .volume_io_t3d import open_volume, to_volume
+from .volume_io_t3d import open_volume, wrap_volume
 
 logger = logging.get_logger(__name__)
 
-PREPARATION_VERSION = 1  # part of `preparation_key`: grows whenever `prepare` gives other voxels
+PREPARATION_VERSION = 2  # part of `preparation_key`: grows whenever `prepare` gives other voxels
 
 
 class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
@@ -149,6 +149,8 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         volume_spacing: Sequence[float] | None = None,
         volume_axes: str | None = None,
         name: str = "the volume",
+        series: int | None = None,
+        time_index: int | None = None,
     ) -> PreparedVolume:
         """Everything that does not change between epochs: orientation, intensity check, model grid, body.
 
@@ -158,13 +160,15 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
             volume_spacing, volume_axes: for an array without affine: mm per axis, and the direction in which each
                 axis grows, such as `"SAR"` for (z, y, x).
             name (`str`): what messages call a volume that came without a path.
+            series (`int`): which series of a DICOM folder, by its place in `list_series(path)`.
+            time_index (`int`): which volume of a 4-D file or nibabel image.
 
         Returns:
             [`PreparedVolume`]
         """
         if isinstance(image, PreparedVolume):
             return image
-        opened = _open_volume(image, affine, volume_spacing, volume_axes, name)
+        opened = _open_volume(image, affine, volume_spacing, volume_axes, name, series, time_index)
         settings = Preparation(self.spacing, self.intensity, self.check_intensity, self.deoblique, self.antialias)
         return settings(opened, opened.source or name)
 
@@ -232,6 +236,9 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
             images: path, numpy array, tensor, nibabel image, `Volume`, [`PreparedVolume`], or a list of these.
             affine (`np.ndarray` of shape `(4, 4)`, or one per image): array indices to RAS+ world (x, y, z) in mm.
             volume_spacing, volume_axes: in place of `affine`, mm per array axis and where each axis grows (`"SAR"`).
+            series (`int`, or one per image): which series of a DICOM folder, by its place in `list_series(path)`; by
+                default the only one, or the only axial CT.
+            time_index (`int`, or one per image): which volume of a 4-D file or nibabel image.
             views (`None`, `int`, `"grid"` or points): no local views, that many random ones, tiles that cover all but
                 pure air, or views around world coordinates (x, y, z) in RAS mm (one list of points per image, or one
                 for all).
@@ -269,6 +276,8 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         affine: Any,
         volume_spacing: Any,
         volume_axes: Any,
+        series: Any,
+        time_index: Any,
         views: Views | None,
         seed: int | None,
         return_geometry: bool | None,
@@ -280,13 +289,20 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
             views, len(images), "views", lambda value: isinstance(value, int | str) or np.ndim(value[0]) == 1
         )
         axes = _per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
+        ordinals = _per_image(series, len(images), "series", lambda value: np.ndim(value) == 0)
+        times = _per_image(time_index, len(images), "time_index", lambda value: np.ndim(value) == 0)
         if not images:
             raise ValueError("no images were given; pass at least one volume")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         shared = self.shared_positions(views, seed, len(images))
         pixel_values, local_views, geometry = [], [], []
         for index, image in enumerate(images):
-            prepared = self.prepare(image, affines[index], spacings[index], axes[index], name=f"volume {index}")
+            prepared = self.prepare(
+                *(image, affines[index], spacings[index], axes[index]),
+                name=f"volume {index}",
+                series=ordinals[index],
+                time_index=times[index],
+            )
             pixel_values.append(self.global_view(prepared))
             if views is not None:
                 generator = np.random.default_rng((seed, index))
@@ -312,6 +328,8 @@ def _open_volume(
     spacing: Sequence[float] | None,
     axes: str | None,
     name: str,
+    series: int | None,
+    time_index: int | None,
 ) -> Volume | NiftiFile:
     """Opens or wraps one image; an error about an array says which one of the call it was."""
     is_bare = isinstance(image, np.ndarray | torch.Tensor) and getattr(image, "affine", None) is None
@@ -321,9 +339,9 @@ def _open_volume(
             'volume_spacing= and volume_axes=, e.g. volume_spacing=(2.0, 0.7, 0.7), volume_axes="SAR" for (z, y, x)'
         )
     if isinstance(image, str | os.PathLike) and affine is None and spacing is None and axes is None:
-        return open_volume(image)
+        return open_volume(image, series=series, time_index=time_index)
     try:
-        return to_volume(image, affine=affine, spacing=spacing, axes=axes)
+        return wrap_volume(image, affine=affine, spacing=spacing, axes=axes, series=series, time_index=time_index)
     except VolumeReadError:
         raise
     except VolumeGeometryError as error:

@@ -38,13 +38,18 @@ class T3DImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
     affine: Any
     volume_spacing: Any
     volume_axes: Any
+    series: Any
+    time_index: Any
     views: Any
     seed: int | None
     return_geometry: bool | None
 
 
 # Arguments of a call, never saved.
-CALL_ARGUMENTS = ("affine", "volume_spacing", "volume_axes", "views", "seed", "return_geometry", "return_tensors")
+CALL_ARGUMENTS = (
+    *("affine", "volume_spacing", "volume_axes", "series", "time_index", "views", "seed", "return_geometry"),
+    "return_tensors",
+)
 # Two-dimensional settings that Transformers' base class offers, and what takes their place here.
 REPLACED_ARGUMENTS = {
     "size": "global_size",
@@ -169,7 +174,7 @@ def describe(processor: Any) -> str:
         "with their affine",
         "axes          (z, y, x), growing towards superior, anterior, right; orientation from the affine alone",
         f"obliques      {oblique}; exactly 45 degrees is refused",
-        "tilt, shear   resampled to right angles; uneven slices to even ones, or refused with their positions",
+        "tilt, shear   resampled to right angles in the same interpolation; uneven slices to even ones, or refused with their positions",
         *_describe_values(processor),
         f"model grid    {spacing} (z y x), trilinear, {averaged}",
         f"global view   {sizes[0]} voxels: {fit}",

@@ -105,6 +105,8 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         candidate_labels: str | Sequence[str] | None = None,
         *,
         affine: Any = None,
+        series: Any = None,
+        time_index: Any = None,
         hypothesis_template: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -114,11 +116,14 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         Args:
             inputs: a volume, or a list, generator or data set of volumes. A volume is a path (`.nii`, `.nii.gz`,
                 `.nrrd`, `.mha`, a folder with one DICOM series), a [`Volume`], a nibabel image, or an array or tensor
-                in HU with its `affine`. In a batch, `{"volume": ..., "affine": ...}` is a volume too.
+                in HU with its `affine`. In a batch, `{"volume": ..., "affine": ...}` is a volume too, with `"series"`
+                and `"time_index"` where they are needed.
             candidate_labels (`list[str]` or `str`): names to score; a string is split on commas.
             affine (`np.ndarray` of shape `(4, 4)`, *optional*):
                 Maps the indices of an array, in its own axis order, to RAS+ world (x, y, z) in mm. For a list of
                 arrays a list of affines, or one for all.
+            series, time_index (`int`, *optional*): which series of a DICOM folder, by its place in
+                `list_series(path)`; which volume of a 4-D file. For a list of volumes one each, or one for all.
             hypothesis_template (`str` or a pair of them, *optional*):
                 How a label becomes a prompt; by default the processor's pair, `"{} is present."` and
                 `"{} is not present."`. A single template keeps the default second one, which only `multi_label=True`
@@ -139,11 +144,11 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
             iterator) of these.
         """
         if isinstance(inputs, list | tuple):
-            inputs = self._name_volumes(inputs, affine)
+            inputs = self._name_volumes(inputs, affine=affine, series=series, time_index=time_index)
             if not inputs:
                 return []
-        elif affine is not None:
-            inputs = {"volume": inputs, "affine": affine}
+        elif any(option is not None for option in (affine, series, time_index)):
+            inputs = {"volume": inputs, "affine": affine, "series": series, "time_index": time_index}
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
         settings = {**self._postprocess_params, **self._sanitize_parameters(**kwargs)[2]}
@@ -160,15 +165,20 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         return super().__call__(inputs, text_embeds=text_embeds, **kwargs)
 
     @staticmethod
-    def _name_volumes(volumes: Sequence[Any], affine: Any) -> list[dict[str, Any]]:
-        """The volumes of a list with their affines, and with their places in it for messages."""
-        affines = [affine] * len(volumes) if affine is None or np.ndim(affine) == 2 else list(affine)
-        if len(affines) != len(volumes):
-            raise ValueError(f"{len(affines)} affines for {len(volumes)} volumes: give one each, or one for all")
-        named = []
-        for index, (volume, its_affine) in enumerate(zip(volumes, affines, strict=True)):
-            item = dict(volume) if isinstance(volume, dict) else {"volume": volume, "affine": its_affine}
-            named.append({"name": f"volume {index}", **item})
+    def _name_volumes(volumes: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
+        """The volumes of a list with what was given for each, and with their places in it for messages."""
+        named: list[dict[str, Any]] = [{"name": f"volume {index}"} for index in range(len(volumes))]
+        for option, value in options.items():
+            is_single = value is None or np.ndim(value) == (2 if option == "affine" else 0)
+            values = [value] * len(volumes) if is_single else list(value)
+            if len(values) != len(volumes):
+                raise ValueError(
+                    f"{option} has {len(values)} entries for {len(volumes)} volumes: give one each, or one for all"
+                )
+            for item, its_own in zip(named, values, strict=True):
+                item[option] = its_own
+        for item, volume in zip(named, volumes, strict=True):
+            item.update(volume if isinstance(volume, dict) else {"volume": volume})
         return named
 
     def _sanitize_parameters(
@@ -217,7 +227,12 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         """One volume to its global view and, where the model's fusion reads them, the plan of its local views."""
         item = inputs if isinstance(inputs, dict) else {"volume": inputs}
         processor = self.processor.image_processor
-        prepared = processor.prepare(item["volume"], item.get("affine"), name=item.get("name", "the volume"))
+        prepared = processor.prepare(
+            *(item["volume"], item.get("affine")),
+            name=item.get("name", "the volume"),
+            series=item.get("series"),
+            time_index=item.get("time_index"),
+        )
         model_inputs = {"pixel_values": processor(prepared, return_tensors="pt")["pixel_values"]}
         if self.model.config.view_fusion != "global":
             views = "grid" if views is None else views

@@ -9,7 +9,7 @@ body's cells while they are in the processor's cache, those of a file while the 
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,19 +36,19 @@ from .intensity_t3d import (
 )
 from .nifti_stream_t3d import NiftiFile
 from .prepared_volume_t3d import PreparedVolume
+from .resample_affine_t3d import affine_sampling, resample_affine
 from .resample_t3d import (
     SMALL,
     AxisSampling,
     PlaneResampler,
-    deoblique,
     resample_array,
     run_single_threaded,
     sampled_affine,
     spacing_sampling,
 )
-from .volume_arithmetic_t3d import remove_shear
+from .volume_arithmetic_t3d import shear_note
 from .volume_io_t3d import naming
-from .volume_transforms_t3d import BodyMask, CellMeans, body_cell, cell_means, find_body, whole_volume_mask
+from .volume_transforms_t3d import BodyMask, CellMeans, body_cell, find_body, whole_volume_mask
 
 SLAB = 1 << 21  # bytes decompressed at a time: a few planes that stay in the cache
 SLABS_AHEAD = 4  # decompressed slabs that may wait for the resampler
@@ -76,15 +76,19 @@ class Preparation:
         """Prepares a volume, or a file that is opened; `name` is what messages call it."""
         try:
             if isinstance(image, NiftiFile):
-                canonical = _stand_in(image).to_canonical(contiguous=False) if _streams(image) else None
-                if canonical is not None and not (self.deoblique and _is_tilted(canonical.affine)):
+                canonical = _stand_in(image).to_canonical(contiguous=False, sheared=True)
+                if _streams(image) and not self._turns(canonical):
                     return self._stream(image, canonical, name)
                 with naming(image.source):
-                    image = remove_shear(image.read())
-            volume = image.to_canonical(contiguous=False)
+                    image = image.read()
+            volume = image.to_canonical(contiguous=False, sheared=True)
         except VolumeGeometryError as error:
             raise VolumeGeometryError(f"{name}: {error}") from None
         return self._resample(volume, name)
+
+    def _turns(self, volume: Volume) -> bool:
+        """Whether the axes of the model grid are others than those of a volume in canonical order."""
+        return volume.is_sheared or (self.deoblique and _is_tilted(volume.affine))
 
     # ------------------------------------------------------------------------------------------ two ways
 
@@ -94,23 +98,46 @@ class Preparation:
             check_modality(volume.modality, name)
         survey = survey_values(volume.array)
         limits, padding = self._check(survey, name)
-        grid = _ModelGrid(self, volume)
         array = volume.array if padding is None else _PaddedPlanes(volume.array, padding)
-        resample_array(array, grid.samplings, grid.deliver, self.antialias)
+        if self._turns(volume):
+            turned = affine_sampling(volume.shape, volume.affine, self.spacing, upright=self.deoblique)
+            grid = _ModelGrid(self.intensity, turned.shape, turned.affine)
+            outside = self._outside(survey, limits)
+            resample_affine(array, turned, outside, grid.deliver, self.antialias)
+            if volume.is_sheared:
+                volume = replace(volume, warnings=(*volume.warnings, shear_note(volume.affine)))
+        else:
+            samplings = self._samplings(volume)
+            grid = _ModelGrid.along(self.intensity, volume, samplings)
+            resample_array(array, samplings, grid.deliver, self.antialias)
         return self._finish(grid, survey, limits, volume, name)
 
     def _stream(self, file: NiftiFile, canonical: Volume, name: str) -> PreparedVolume:
         """A compressed file: one thread inflates, another surveys and resamples what is there already."""
         survey, guess = ValueSurvey(canonical.shape), _PaddingGuess(self.intensity == "hu")
-        grid = _ModelGrid(self, canonical)
-        _run_stream(file, canonical, grid, survey, guess)
+        samplings = self._samplings(canonical)
+        grid = _ModelGrid.along(self.intensity, canonical, samplings)
+
+        def run(survey: ValueSurvey | None, guess: _PaddingGuess) -> None:
+            _run_stream(file, canonical, samplings, self.antialias, grid, survey, guess)
+
+        run(survey, guess)
         limits, padding = self._check(survey, name)
         if padding != guess.highest:  # what the first slab held was not what the whole volume says
-            guess = _PaddingGuess(False, padding)
-            _run_stream(file, canonical, grid, None, guess)
+            run(None, _PaddingGuess(False, padding))
         return self._finish(grid, survey, limits, canonical, name)
 
     # ------------------------------------------------------------------------------------------ both
+
+    def _samplings(self, volume: Volume) -> list[AxisSampling]:
+        spacing = self.spacing or volume.spacing
+        return [spacing_sampling(*axis) for axis in zip(volume.shape, volume.spacing, spacing, strict=True)]
+
+    def _outside(self, survey: ValueSurvey, limits: tuple[float, float] | None) -> float:
+        """The value of what lies beyond the scan."""
+        if limits is None:
+            return AIR
+        return survey.minimum if self.intensity == "zscore" else limits[0]
 
     def _check(self, survey: ValueSurvey, name: str) -> tuple[tuple[float, float] | None, float | None]:
         """The values that become -1 and 1 (`None` for HU), and the highest padding value, if there is padding."""
@@ -130,15 +157,8 @@ class Preparation:
         volume: Volume,
         name: str,
     ) -> PreparedVolume:
-        array, affine, means = grid.array, grid.affine, grid.means.result()
-        outside = AIR
-        if limits is not None:
-            outside = survey.minimum if self.intensity == "zscore" else limits[0]
-        if self.deoblique and _is_tilted(volume.affine):
-            values, affine = deoblique(torch.from_numpy(array), affine, self.spacing or volume.spacing, outside)
-            array = _rounded(values).numpy() if self.intensity == "hu" else values.numpy()
-            means = cell_means(array, body_cell(array.shape, spacing_from_affine(affine)))
-        body = self._body(array.shape, spacing_from_affine(affine), limits, survey, means)
+        array, affine, outside = grid.array, grid.affine, self._outside(survey, limits)
+        body = self._body(array.shape, spacing_from_affine(affine), limits, survey, grid.means.result())
         if body is None:
             raise VolumeIntensityError(f"{name}: no body found, nothing exceeds {GAS_BELOW:.0f} HU over 6 mm")
         grid_of_input = volume.input_grid
@@ -169,25 +189,19 @@ def _is_tilted(affine: np.ndarray) -> bool:
     return bool(np.abs(axis_directions(affine)[:, ::-1] - np.eye(3)).max() > SHEAR_TOLERANCE)
 
 
-def _rounded(values: torch.Tensor) -> torch.Tensor:
-    """HU as they are stored; the values are changed."""
-    return values.round_().clamp_(-32768, 32767).to(torch.int16)
-
-
 class _ModelGrid:
     """Where the planes of one volume go: int16 HU or float32 on the model grid, and the means of the body's cells."""
 
-    def __init__(self, settings: Preparation, volume: Volume):
-        spacing = settings.spacing or volume.spacing
-        self.samplings: list[AxisSampling] = [
-            spacing_sampling(*axis) for axis in zip(volume.shape, volume.spacing, spacing, strict=True)
-        ]
-        self.antialias = settings.antialias
-        self.affine = sampled_affine(volume.affine, self.samplings)
-        shape = [sampling.count for sampling in self.samplings]
-        self.array = np.empty(shape, dtype=np.int16 if settings.intensity == "hu" else np.float32)
+    def __init__(self, intensity: str, shape: Sequence[int], affine: np.ndarray):
+        self.affine = affine
+        self.array = np.empty(shape, dtype=np.int16 if intensity == "hu" else np.float32)
         self._values = torch.from_numpy(self.array)
-        self.means = CellMeans(shape, body_cell(shape, spacing_from_affine(self.affine)))
+        self.means = CellMeans(shape, body_cell(shape, spacing_from_affine(affine)))
+
+    @classmethod
+    def along(cls, intensity: str, volume: Volume, samplings: Sequence[AxisSampling]) -> "_ModelGrid":
+        """The grid that has the volume's own axes."""
+        return cls(intensity, [sampling.count for sampling in samplings], sampled_affine(volume.affine, samplings))
 
     def deliver(self, z: int, plane: torch.Tensor) -> None:
         """Takes plane `z`, whose values are changed."""
@@ -204,7 +218,7 @@ class _PaddedPlanes:
         self._array, self._padding = array, padding
         self.shape, self.strides, self.size = array.shape, array.strides, array.size
 
-    def __getitem__(self, index: slice) -> np.ndarray:
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         return _without_padding(self._array[index], self._padding)
 
 
@@ -240,12 +254,17 @@ def _stand_in(file: NiftiFile) -> Volume:
 
 def _streams(file: NiftiFile) -> bool:
     """Whether the planes of a file, in their order, are those of the canonical volume (or its last to first)."""
-    stand_in = _stand_in(file)
-    return not stand_in.is_sheared and orientation(file.affine)[0][2] == 2
+    return orientation(file.affine)[0][2] == 2
 
 
 def _run_stream(
-    file: NiftiFile, canonical: Volume, grid: _ModelGrid, survey: ValueSurvey | None, padding: _PaddingGuess
+    file: NiftiFile,
+    canonical: Volume,
+    samplings: Sequence[AxisSampling],
+    antialias: bool,
+    grid: _ModelGrid,
+    survey: ValueSurvey | None,
+    padding: _PaddingGuess,
 ) -> None:
     """Reads a file through; its planes go to the survey (if there is one) and, resampled, to the grid."""
     worlds, signs = orientation(file.affine)
@@ -253,9 +272,7 @@ def _run_stream(
     flipped = tuple(new for new, axis in enumerate(order) if signs[axis] < 0)
     depth = canonical.shape[0]
     descending = 0 in flipped
-    resampler = PlaneResampler(
-        canonical.shape, grid.samplings, grid.deliver, antialias=grid.antialias, descending=descending
-    )
+    resampler = PlaneResampler(canonical.shape, samplings, grid.deliver, antialias=antialias, descending=descending)
 
     def take(slabs: Iterator[np.ndarray]) -> None:
         index = depth - 1 if descending else 0

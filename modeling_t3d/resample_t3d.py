@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Resampling, all of it: where samples lie, separable interpolation plane by plane, and the way to the world axes.
+"""Resampling along the axes: where samples lie, and separable interpolation plane by plane.
 
 Planes are interpolated one at a time, slices first where there are fewer of them afterwards, as products with band
 matrices in float32 on one thread per run of planes. On one thread and 512x512x300 voxels that took less than half the
@@ -268,8 +268,8 @@ class Planes(Protocol):
     def size(self) -> int:
         """Number of voxels."""
 
-    def __getitem__(self, index: slice, /) -> np.ndarray:
-        """A run of planes."""
+    def __getitem__(self, index: slice | tuple[slice, ...], /) -> np.ndarray:
+        """A run of planes, or a box."""
 
 
 def resample_array(
@@ -361,52 +361,10 @@ def resample_whole(volume: torch.Tensor, samplings: Sequence[AxisSampling], anti
     return volume
 
 
-# ---------------------------------------------------------------------------------------------- rotated grids
-
-
-def deoblique(
-    volume: torch.Tensor, affine: np.ndarray, spacing: Sequence[float], outside: float
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Resamples a rotated or sheared volume onto a grid parallel to the world axes that holds all of it.
-
-    Args:
-        volume (`torch.Tensor` of shape `(depth, height, width)`): values.
-        affine (`np.ndarray` of shape `(4, 4)`): (z, y, x) index to world (x, y, z) in mm.
-        spacing (three floats, z y x, mm): of the new grid.
-        outside (`float`): value where the volume has no data.
-
-    Returns:
-        The resampled volume (float32) and its affine.
-    """
-    corners = np.stack(np.meshgrid(*[(-0.5, size - 0.5) for size in volume.shape], indexing="ij"), -1).reshape(-1, 3)
-    world = corners @ affine[:3, :3].T + affine[:3, 3]
-    step = np.asarray(spacing, dtype=np.float64)
-    low, high = world.min(axis=0)[::-1], world.max(axis=0)[::-1]  # z, y, x
-    counts = np.maximum(1, np.ceil((high - low) / step - 1e-3).astype(int))
-    first = (low + high) / 2 - step * (counts - 1) / 2
-    aligned = np.eye(4)
-    aligned[:3, :3] = np.diag(step)[::-1]
-    aligned[:3, 3] = first[::-1]
-    to_source = np.linalg.inv(affine) @ aligned  # new (z, y, x) index -> old (z, y, x) index
-    source = (volume.to(torch.float32) - outside)[None, None]
-    # grid_sample wants (x, y, z) in [-1, 1], edges at the outer faces of the outermost voxels.
-    scale = 2.0 / np.asarray(volume.shape, dtype=np.float64)
-    matrix = (to_source[:3, :3] * scale[:, None])[::-1]
-    shift = (to_source[:3, 3] * scale + scale / 2 - 1.0)[::-1]
-    y, x = np.meshgrid(np.arange(counts[1]), np.arange(counts[2]), indexing="ij")
-    plane = y[..., None] * matrix[:, 1] + x[..., None] * matrix[:, 2] + shift
-    slices = []
-    with torch.autocast("cpu", enabled=False):
-        for z in range(counts[0]):
-            grid = torch.from_numpy((plane + z * matrix[:, 0]).astype(np.float32))[None, None]
-            slices.append(torch.nn.functional.grid_sample(source, grid, align_corners=False)[0, 0])
-    return torch.cat(slices) + outside, aligned
-
-
 __all__ = [
     "AxisSampling",
     "PlaneResampler",
-    "deoblique",
+    "Planes",
     "resample",
     "resample_array",
     "resample_whole",

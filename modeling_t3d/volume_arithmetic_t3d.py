@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .geometry_t3d import SHEAR_TOLERANCE, Volume, axis_directions, check_spacing
+from .geometry_t3d import Volume, check_spacing, factor_shear, shear
 
 
 def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -68,6 +68,11 @@ def _shift_lines(array: np.ndarray, along: int, by: int, voxels: float, fill: fl
     return np.moveaxis(result, (0, 2), (by, along)), float(first)
 
 
+def shear_note(affine: np.ndarray) -> str:
+    """What `warnings` says of a sheared grid that was brought to right angles."""
+    return f"axes {math.degrees(math.asin(min(1.0, shear(affine)))):.1f} degrees off a right angle: resampled"
+
+
 def remove_shear(volume: Volume) -> Volume:
     """Resample a sheared volume (gantry tilt) to a right-angled grid; a right-angled volume is returned as it is.
 
@@ -77,15 +82,7 @@ def remove_shear(volume: Volume) -> Volume:
     """
     if not volume.is_sheared:
         return volume
-    directions = axis_directions(volume.affine)
-    cosines = {(i, j): abs(float(directions[:, i] @ directions[:, j])) for i, j in ((0, 1), (0, 2), (1, 2))}
-    # Of several right-angled pairs, the one with the finest voxels is the slice plane.
-    area = {(i, j): volume.spacing[i] * volume.spacing[j] for i, j in cosines}
-    first, second = min(cosines, key=lambda pair: (max(cosines[pair], SHEAR_TOLERANCE), area[pair]))
-    order = [first, second, 3 - first - second]
-    # linear = rotation @ upper: shears are the off-diagonal entries of `upper` (Gram-Schmidt in the order above).
-    rotation, upper = np.linalg.qr(volume.affine[:3, order])
-    rotation, upper = rotation * np.sign(np.diag(upper)), upper * np.sign(np.diag(upper))[:, None]
+    order, rotation, upper = factor_shear(volume.affine)
     sizes = np.diag(upper)
     check_spacing(sizes.tolist())
     array, origin = volume.array, volume.affine[:3, 3].copy()
@@ -98,14 +95,13 @@ def remove_shear(volume: Volume) -> Volume:
     affine = np.eye(4)
     affine[:3, order] = rotation * sizes
     affine[:3, 3] = origin
-    note = f"axes {math.degrees(math.asin(min(1.0, max(cosines.values())))):.1f} degrees off a right angle: resampled"
     return replace(
         volume,
         array=np.ascontiguousarray(array),
         affine=affine,
-        warnings=(*volume.warnings, note),
+        warnings=(*volume.warnings, shear_note(volume.affine)),
         stored_grid=volume.input_grid,
     )
 
 
-__all__ = ["remove_shear", "rescale"]
+__all__ = ["remove_shear", "rescale", "shear_note"]

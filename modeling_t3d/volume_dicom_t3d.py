@@ -274,7 +274,7 @@ def _choose(folder: _Folder, found: list[_Series], series: int | None) -> _Serie
     if len(found) == 1:
         return found[0]
     if len(axial) != 1:
-        raise folder.error(f"holds {len(found)} series; choose one with series= of read_volume ({listing})")
+        raise folder.error(f"holds {len(found)} series; choose one with series= ({listing})")
     return axial[0]
 
 

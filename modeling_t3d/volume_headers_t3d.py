@@ -85,9 +85,7 @@ def pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
         raise VolumeReadError(f"{source}: has shape {tuple(shape)}, several values per voxel; pass one volume")
     count = rest[0] if rest else 1
     if rest and time_index is None:
-        raise VolumeReadError(
-            f"{source}: holds {count} volumes (4-D); choose one with time_index=0..{count - 1} of read_volume"
-        )
+        raise VolumeReadError(f"{source}: holds {count} volumes (4-D); choose one with time_index=0..{count - 1}")
     if time_index is not None and (
         isinstance(time_index, bool) or not isinstance(time_index, int) or not 0 <= time_index < count
     ):

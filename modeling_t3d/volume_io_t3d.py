@@ -10,7 +10,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -64,16 +64,14 @@ def read_volume(
         (2.0, 1.0, 1.0)
     """
     opened = open_volume(path, series=series, time_index=time_index, resample=resample)
-    if isinstance(opened, Volume):
-        return opened
-    with naming(opened.source):
-        return _right_angled(opened.read(), resample)
+    with naming(os.fspath(path)):
+        return remove_shear(opened if isinstance(opened, Volume) else opened.read())
 
 
 def open_volume(
     path: str | os.PathLike, *, series: int | None = None, time_index: int | None = None, resample: bool = True
 ) -> Volume | NiftiFile:
-    """As `read_volume`, but of a NIfTI file the header alone is read and checked, and its shear is left as it is."""
+    """As `read_volume`, but a sheared grid stays as it is, and of NIfTI files the header alone is read and checked."""
     source = os.fspath(path)
     if not isinstance(source, str):
         raise VolumeReadError(f"{source!r}: a path is a string or a pathlib.Path")
@@ -96,7 +94,8 @@ def open_volume(
             volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series, resample=resample)
         else:
             volume = read_itk(source, time_index)
-        return _right_angled(volume, resample)
+        _refuse_shear(volume.affine, resample)
+        return volume
 
 
 @contextmanager
@@ -126,11 +125,6 @@ def _refuse_shear(affine: np.ndarray, resample: bool) -> None:
             f"the axes are {math.degrees(math.asin(min(1.0, shear(affine)))):.1f} degrees off a right angle "
             "(gantry tilt or a sheared affine); pass resample=True to have it resampled"
         )
-
-
-def _right_angled(volume: Volume, resample: bool) -> Volume:
-    _refuse_shear(volume.affine, resample)
-    return remove_shear(volume)
 
 
 def _check_readable(source: str) -> bool:
@@ -181,9 +175,9 @@ def _dicom_files(source: str, suffix: str, is_folder: bool) -> list[str]:
     return [source]
 
 
-def _from_nibabel(nibabel: Any, image: Any, source: str) -> Volume:
+def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None) -> Volume:
     """A Volume from a nibabel image; `source` names it in messages."""
-    time = pick_time(source, image.shape, None)
+    time = pick_time(source, image.shape, time_index)
     slope, intercept = 1.0, 0.0
     try:
         proxy = image.dataobj
@@ -205,6 +199,8 @@ def to_volume(
     affine: np.ndarray | None = None,
     spacing: Sequence[float] | None = None,
     axes: str | None = None,
+    series: int | None = None,
+    time_index: int | None = None,
     resample: bool = True,
 ) -> Volume:
     """A right-angled Volume from whatever holds one.
@@ -215,27 +211,57 @@ def to_volume(
         affine: (4, 4), indices of the array in its own axis order to RAS+ world mm. Arrays and tensors only.
         spacing: voxel size in mm per array axis, for an array without affine; needs `axes`.
         axes: the direction in which each array axis grows, e.g. `"SAR"` for (z, y, x); see `affine_from_axes`.
+        series, time_index: which image of a path, as in `read_volume`; `time_index` also of a 4-D nibabel image.
         resample: `False` refuses a sheared grid, and uneven slices of a path.
 
     Example:
         >>> to_volume(np.zeros((40, 64, 64), dtype=np.int16), spacing=(2.0, 0.7, 0.7), axes="SPL").axis_codes
         'SPL'
     """
+    volume = wrap_volume(
+        image, affine=affine, spacing=spacing, axes=axes, series=series, time_index=time_index, resample=resample
+    )
+    with naming(os.fspath(image)) if isinstance(image, str | os.PathLike) else nullcontext():
+        return remove_shear(volume)
+
+
+def wrap_volume(
+    image: Any,
+    *,
+    affine: np.ndarray | None = None,
+    spacing: Sequence[float] | None = None,
+    axes: str | None = None,
+    series: int | None = None,
+    time_index: int | None = None,
+    resample: bool = True,
+) -> Volume:
+    """As `to_volume`, but a sheared grid stays as it is."""
+    is_path = isinstance(image, str | os.PathLike)
+    is_nibabel = type(image).__module__.partition(".")[0] == "nibabel"
+    for name, value, taken in (("series", series, is_path), ("time_index", time_index, is_path or is_nibabel)):
+        if value is not None and not taken:
+            raise VolumeGeometryError(f"{name}= is for files; this {type(image).__name__} holds one volume")
     if isinstance(image, np.ndarray | torch.Tensor) and (
         getattr(image, "affine", None) is None or affine is not None or spacing is not None
     ):
-        return _right_angled(_from_array(image, affine, spacing, axes), resample)
+        volume = _from_array(image, affine, spacing, axes)
+        _refuse_shear(volume.affine, resample)
+        return volume
     if affine is not None or spacing is not None or axes is not None:
         raise VolumeGeometryError(
             "affine, spacing and axes describe a bare array; this input carries its own geometry"
         )
-    if isinstance(image, str | os.PathLike):
-        return read_volume(image, resample=resample)
+    if is_path:
+        opened = open_volume(image, series=series, time_index=time_index, resample=resample)
+        with naming(os.fspath(image)):
+            return opened if isinstance(opened, Volume) else opened.read()
     with quiet_parsers():
-        return _right_angled(_from_object(image), resample)
+        volume = _from_object(image, time_index)
+    _refuse_shear(volume.affine, resample)
+    return volume
 
 
-def _from_object(image: Any) -> Volume:
+def _from_object(image: Any, time_index: int | None) -> Volume:
     """A Volume from an object of another library, told by where its type is defined: none of them is imported."""
     if isinstance(image, Volume):
         return image
@@ -259,7 +285,7 @@ def _from_object(image: Any) -> Volume:
     if package == "nibabel":
         nibabel = import_nibabel("nibabel image")
         if isinstance(image, nibabel.spatialimages.SpatialImage):
-            return _from_nibabel(nibabel, image, "nibabel image")
+            return _from_nibabel(nibabel, image, "nibabel image", time_index)
     raise VolumeGeometryError(
         f"a {type(image).__name__} is not a volume; pass a path, a numpy array or tensor with affine=, a "
         "MetaTensor, a nibabel, SimpleITK or TorchIO image, or a Volume"
@@ -341,5 +367,6 @@ __all__ = [
     "read_volume",
     "remove_shear",
     "to_volume",
+    "wrap_volume",
     "write_nifti",
 ]

@@ -185,8 +185,24 @@ def test_list_of_arrays_takes_affines(classifier):
     assert classifier(arrays, LABELS, affine=affines) == expected
     assert classifier(tuple(arrays), LABELS, affine=affines[0]) == expected
     assert classifier([], LABELS) == []
-    with pytest.raises(ValueError, match="1 affines for 2 volumes"):
+    with pytest.raises(ValueError, match="affine has 1 entries for 2 volumes"):
         classifier(arrays, LABELS, affine=affines[:1])
+
+
+def test_series_and_time_are_chosen_per_volume_or_for_all(classifier, tmp_path):
+    volumes = [tiny_volume(0), tiny_volume(1)]
+    values = np.stack([volume.array for volume in volumes], axis=-1)
+    path = tmp_path / "four.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(values.transpose(2, 1, 0, 3), volumes[0].affine @ np.eye(4)[[2, 1, 0, 3]]), path)
+    expected = [classifier(volume, LABELS) for volume in volumes]
+    assert classifier(path, LABELS, time_index=1) == expected[1]
+    assert classifier([path, path], LABELS, time_index=[1, 0]) == expected[::-1]
+    assert classifier([path, path], LABELS, time_index=1) == [expected[1]] * 2
+    assert classifier([{"volume": path, "time_index": 1}], LABELS) == expected[1:]
+    with pytest.raises(VolumeReadError, match=r"choose one with time_index=0..1"):
+        classifier(path, LABELS)
+    with pytest.raises(VolumeReadError, match="series= is for DICOM"):
+        classifier(path, LABELS, series=0)
 
 
 def test_labels_are_embedded_once_per_call(scan, other_scan):

@@ -17,7 +17,6 @@ from modeling_t3d import resample_t3d
 from modeling_t3d.resample_t3d import (
     AxisSampling,
     PlaneResampler,
-    deoblique,
     resample,
     resample_array,
     sampled_affine,
@@ -87,26 +86,6 @@ def test_resampling_is_float32_under_autocast():
     expected = resample(values, samplings)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(resample(values, samplings), expected)
-
-
-def test_deoblique_puts_voxels_at_their_world_places():
-    affine = rotation(20, (1, 0.4, -0.3)) @ upright_affine((2.0, 1.5, 1.5), (10, 20, -30))
-    shape = (24, 30, 28)
-    inside = None
-    for axis in range(3):
-        source = torch.from_numpy(world_coordinate(shape, affine, axis))
-        values, aligned = deoblique(source, affine, (2.0, 1.5, 1.5), -5000.0)
-        expected = world_coordinate(values.shape, aligned, axis)
-        if inside is None:
-            index = np.stack(np.meshgrid(*[np.arange(size) for size in values.shape], indexing="ij"), -1)
-            world = index @ aligned[:3, :3].T + aligned[:3, 3]
-            old = (world - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
-            inside = ((old > 0.1) & (old < np.array(shape) - 1.1)).all(-1)
-            assert inside.sum() > 0.9 * 22 * 28 * 26  # all of the volume is in the new grid
-        np.testing.assert_allclose(values.numpy()[inside], expected[inside], atol=5e-3)
-    assert aligned[2, 0] == 2.0
-    assert aligned[1, 1] == aligned[0, 2] == 1.5
-    assert np.count_nonzero(aligned[:3, :3]) == 3
 
 
 @settings(max_examples=40, deadline=None)
