@@ -97,7 +97,7 @@ def test_damage_is_found(tmp_path, name, damage):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name} is (missing|not what was written); remove this folder"):
+    with pytest.raises(CheckpointError, match=rf"{name} is (missing|not what was written)$"):
         verify_checkpoint(folder)
 
 
@@ -106,10 +106,10 @@ def test_a_manifest_that_is_missing_or_of_another_format(tmp_path):
     manifest = folder / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(CheckpointError, match=r"checkpoint format 99, this version reads 1; resume with the version"):
+    with pytest.raises(CheckpointError, match=r"checkpoint format 99, this version reads 2; resume with the version"):
         verify_checkpoint(folder)
     manifest.unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or unreadable; remove this folder"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or unreadable$"):
         verify_checkpoint(folder)
 
 

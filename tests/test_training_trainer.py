@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"optimizer.pt is not what was written; remove this folder"):
+    with pytest.raises(CheckpointError, match=r"optimizer.pt is not what was written; no older checkpoint is intact"):
         build_trainer(tmp_path, max_steps=8).train(resume=True)
 
 

@@ -67,7 +67,14 @@ class T3DTrainingArguments:
             Several processes: let a step leave some parameters without gradient (a term of weight 0, no local views).
         logging_steps (`int`, defaults to 10), eval_steps, save_steps (`int`, *optional*, default to none and 200):
             Optimiser steps between log lines, validations and checkpoints. Both also happen at the end of the run.
-        save_total_limit (`int`, *optional*, defaults to 2): how many checkpoints are kept; `None` keeps all.
+        save_total_limit (`int`, *optional*, defaults to 2): newest checkpoints that are kept; `None` keeps all.
+        metric_for_best_model (`str`, *optional*):
+            A metric of the validation; the checkpoint where it was best is kept besides, and written if none was due.
+        greater_is_better (`bool`, defaults to `True`): whether a greater one is better; `false` for losses.
+        max_hours (`float`, *optional*):
+            Hours from the start of the process after which it writes a checkpoint and exits with status 75, to be
+            resumed: less than a scheduler grants, by the time of a step, a validation and a checkpoint. The schedule
+            of learning rates does not know it.
         trackers (`list[str]`, defaults to `["tensorboard"]`): Accelerate's names of experiment trackers.
         seed (`int`, defaults to 42): order of the pairs, views and dropout.
     """
@@ -104,6 +111,9 @@ class T3DTrainingArguments:
     eval_steps: int | None = None
     save_steps: int | None = 200
     save_total_limit: int | None = 2
+    metric_for_best_model: str | None = None
+    greater_is_better: bool = True
+    max_hours: float | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     seed: int = 42
 
@@ -122,6 +132,7 @@ class T3DTrainingArguments:
             "eval_steps",
             "save_steps",
             "save_total_limit",
+            "max_hours",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:

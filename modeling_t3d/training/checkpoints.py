@@ -3,30 +3,49 @@
 """Checkpoints that are whole or absent: written aside, hashed, flushed to the disk, renamed, and verified when read.
 What the state means is the trainer's affair."""
 
-import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
 from torch import nn
 
-CHECKPOINT_FORMAT = 1
+from .files import (
+    PARTIAL_PREFIX,
+    flush_folder,
+    hash_file,
+    replace_folder,
+    restore_replaced,
+    write_text_atomically,
+    write_with,
+)
+from .processes import ProcessGroup
+from .sharded_state import load_model_tensors, load_optimizer_state, model_tensors, optimizer_state, write_tensors
+
+CHECKPOINT_FORMAT = 2
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-_PARTIAL_PREFIX = ".partial-"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged or belongs to another run; the message names it and the remedy."""
+
+
+class Stateful(Protocol):
+    """What else a run keeps beside model and optimiser: a gradient scaler, averaged weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Undo [`state_dict`]."""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -38,6 +57,11 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, or `None`."""
     checkpoints = list_checkpoints(output_dir)
     return checkpoints[-1] if checkpoints else None
+
+
+def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(output_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def random_state() -> dict[str, Any]:
@@ -62,6 +86,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+# ---------------------------------------------------------------------------------------------- writing
+
+
 def write_checkpoint(
     output_dir: str | Path,
     *,
@@ -70,101 +97,172 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int | None,
-    rank: int = 0,
-    barrier: Callable[[], None] = lambda: None,
+    best_step: int | None = None,
+    extra: Mapping[str, Stateful] | None = None,
+    processes: ProcessGroup | None = None,
+    add_files: Callable[[Path], Any] | None = None,
+    fence: int = 0,
+    before_rename: Callable[[], Any] = lambda: None,
 ) -> Path:
     """
-    Write one checkpoint; every process calls this, rank 0 writes what all share.
+    Write one checkpoint; every process calls this, the main one writes what all share.
+
+    Nobody returns before all have written, and if one fails, all raise and no checkpoint appears.
 
     Args:
         output_dir (`str` or `Path`): the run's folder; the checkpoint is `checkpoints/step-<step>` below it.
         step (`int`): optimiser steps taken.
-        model (`nn.Module`), optimizer (`Optimizer`): unwrapped.
+        model (`nn.Module`), optimizer (`Optimizer`): unwrapped; sharded ones (`fully_shard`) are gathered.
         state (`dict`): anything JSON holds.
-        keep (`int`, *optional*): how many checkpoints stay; `None` keeps all.
-        rank (`int`, defaults to 0): of this process.
-        barrier (callable): waits for all processes.
+        keep (`int`, *optional*): how many of the newest checkpoints stay; `None` keeps all.
+        best_step (`int`, *optional*): the checkpoint of this step stays besides.
+        extra (`Mapping`, *optional*): name -> [`Stateful`]; equal on all processes, `<name>.pt` in the checkpoint.
+        processes ([`ProcessGroup`], *optional*): of the run.
+        add_files (callable, *optional*): called on the main process with the folder, to add what else belongs there.
+        fence (`int`, defaults to 0): the number of the run's lock; what two runs write aside never shares a name.
+        before_rename (callable): called on the main process as the last thing; what it raises leaves no checkpoint.
     """
-    root = Path(output_dir) / "checkpoints"
-    target = root / f"step-{step:08d}"
-    partial = root / f"{_PARTIAL_PREFIX}{target.name}"
-    if rank == 0:
-        for leftover in root.glob(f"{_PARTIAL_PREFIX}*"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    barrier()
-    torch.save(random_state(), partial / f"random_state_{rank}.pt")
-    if rank == 0:
-        save_model(model, str(partial / MODEL_FILE))
-        torch.save(optimizer.state_dict(), partial / OPTIMIZER_FILE)
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-    barrier()
-    if rank == 0:
-        write_manifest(partial)
-        replace_folder(partial, target)
-        for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
+    processes = processes or ProcessGroup()
+    target = checkpoint_folder(output_dir, step)
+    partial = target.with_name(f"{PARTIAL_PREFIX}{fence}-{target.name}")
+    # Collective where the model is sharded, so on all processes and before anything can fail on one.
+    shared = {MODEL_FILE: model_tensors(model), OPTIMIZER_FILE: optimizer_state(optimizer)}
+    with processes.together():
+        if processes.is_main:
+            remove_partial(output_dir, fence)
+            partial.mkdir(parents=True)
+    try:
+        with processes.together():
+            _save(random_state(), partial / _random_state_file(processes.rank))
+            if processes.is_main:
+                write_tensors(shared[MODEL_FILE], partial / MODEL_FILE)
+                _save(shared[OPTIMIZER_FILE], partial / OPTIMIZER_FILE)
+                for name, part in (extra or {}).items():
+                    _save(part.state_dict(), partial / f"{name}.pt")
+                (partial / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+                if add_files is not None:
+                    add_files(partial)
+        with processes.together():
+            if processes.is_main:
+                write_manifest(partial)
+                before_rename()
+                replace_folder(partial, target)
+                _forget(output_dir, keep, best_step, fence)
+    except BaseException:
+        if processes.is_main:
+            # On a full disk the next run needs the room.
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def remove_partial(output_dir: str | Path, fence: int | None = None) -> None:
+    """Remove what was left half-written, by all runs or by the one of a fencing number; put back what was replaced."""
+    restore_replaced(Path(output_dir) / "checkpoints")
+    for leftover in (Path(output_dir) / "checkpoints").glob(
+        f"{PARTIAL_PREFIX}{'' if fence is None else f'{fence}-'}*"
+    ):
+        shutil.rmtree(leftover)
+
+
+def _forget(output_dir: str | Path, keep: int | None, best_step: int | None, fence: int) -> None:
+    """Remove all but the newest checkpoints and the best."""
+    checkpoints = list_checkpoints(output_dir)
+    stay = set(checkpoints[-keep:] if keep else checkpoints)
+    if best_step is not None:
+        stay.add(checkpoint_folder(output_dir, best_step))
+    for old in checkpoints:
+        if old not in stay:
             # Renamed first: a removal that is interrupted must not leave a folder that looks complete.
-            doomed = root / f"{_PARTIAL_PREFIX}{old.name}"
+            doomed = old.with_name(f"{PARTIAL_PREFIX}{fence}-{old.name}")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
-    barrier()
-    return target
 
 
 def write_manifest(folder: Path) -> None:
     """Write sizes and hashes of a folder's files into it and flush everything to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in files}
-    text = json.dumps({"format": CHECKPOINT_FORMAT, "files": entries}, indent=2)
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    entries = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files
+    }
+    (folder / MANIFEST_FILE).write_text(_manifest_text(entries), encoding="utf-8")
     flush_folder(folder)
 
 
-def flush_folder(folder: Path) -> None:
-    """Force a folder and all below it to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+def _manifest_text(entries: dict[str, Any], version: int = CHECKPOINT_FORMAT) -> str:
+    return json.dumps({"format": version, "files": entries}, indent=2)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file that is never half there."""
-    temporary = path.with_name(f"{_PARTIAL_PREFIX}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
+def _save(value: Any, path: Path) -> None:
+    write_with(path, lambda file: torch.save(value, file))
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Rename a finished folder to its name; a former one is moved aside first and then removed."""
-    former = target.with_name(f"{_PARTIAL_PREFIX}former-{target.name}")
-    if target.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        os.replace(target, former)
-    os.replace(source, target)
-    _flush(target.parent)
-    shutil.rmtree(former, ignore_errors=True)
+def _random_state_file(rank: int) -> str:
+    return f"random_state_{rank}.pt"
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def checkpoint_to_resume(output_dir: str | Path) -> Path | None:
+    """
+    The newest checkpoint of a run, verified; `None` if there is none.
+
+    A damaged one raises, by the name of its file, and names the newest intact one before it. That one is never taken
+    unasked: it would train some steps again, and whoever finds a disk that loses bytes should know.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return None
+    try:
+        verify_checkpoint(checkpoints[-1])
+    except CheckpointError as error:
+        intact = next((folder for folder in reversed(checkpoints[:-1]) if _is_intact(folder)), None)
+        remedy = (
+            f"remove this folder to resume from {intact.name}, the newest intact checkpoint before it"
+            if intact
+            else "no older checkpoint is intact, so start again in another training.output_dir"
+        )
+        raise CheckpointError(f"{error}; {remedy}") from None
+    return checkpoints[-1]
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def verify_checkpoint(folder: str | Path) -> None:
     """Compare every file of a checkpoint with the sizes and hashes written when it was complete."""
     folder = Path(folder)
-    remedy = "remove this folder to resume from the checkpoint before it"
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        entries = manifest["files"]
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{folder}: {MANIFEST_FILE} is missing or unreadable; {remedy}") from None
-    if manifest["format"] != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{folder}: checkpoint format {manifest['format']}, this version reads {CHECKPOINT_FORMAT}; "
-            "resume with the version of modeling_t3d that wrote it"
-        )
-    for name, entry in entries.items():
+    for name, entry in read_manifest(folder).items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing; {remedy}")
-        if path.stat().st_size != entry["bytes"] or _hash(path) != entry["sha256"]:
-            raise CheckpointError(f"{folder}: {name} is not what was written; {remedy}")
+            raise CheckpointError(f"{folder}: {name} is missing")
+        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name} is not what was written")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes by file name, from a checkpoint's manifest, which must be what was written to the last byte."""
+    try:
+        text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        version, entries = manifest["format"], manifest["files"]
+        is_as_written = text == _manifest_text(entries, version)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder}: {MANIFEST_FILE} is missing or unreadable") from None
+    if version != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{folder}: checkpoint format {version}, this version reads {CHECKPOINT_FORMAT}; "
+            "resume with the version of modeling_t3d that wrote it"
+        )
+    if not is_as_written:
+        raise CheckpointError(f"{folder}: {MANIFEST_FILE} is not what was written")
+    return entries
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -173,14 +271,20 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Stateful] | None = None,
+    rank: int = 0,
 ) -> dict[str, Any] | None:
     """
-    Load weights and optimiser from a verified checkpoint.
+    Load weights, optimiser and the rest from a verified checkpoint.
 
     Args:
         folder (`str` or `Path`): the checkpoint.
         model (`nn.Module`), optimizer (`Optimizer`): unwrapped; changed in place.
+        extra (`Mapping`, *optional*): name -> [`Stateful`], changed in place; the names that were written.
         rank (`int`, defaults to 0): of this process.
 
     Returns:
@@ -188,44 +292,40 @@ def load_checkpoint(
         checkpoint was written by fewer processes.
     """
     folder = Path(folder)
-    device = next(model.parameters()).device
+    for name in extra or {}:
+        if not (folder / f"{name}.pt").is_file():
+            raise CheckpointError(f"{folder}: holds no {name}; resume with the configuration that it was written by")
     try:
-        load_model(model, str(folder / MODEL_FILE), strict=True, device=str(device))
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
-    except (RuntimeError, ValueError) as error:
+        load_model_tensors(model, folder / MODEL_FILE)
+        load_optimizer_state(optimizer, _load(folder / OPTIMIZER_FILE))
+        for name, part in (extra or {}).items():
+            part.load_state_dict(_load(folder / f"{name}.pt"))
+    except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{folder}: holds another model ({str(error).splitlines()[0]}); resume with the configuration it was "
-            "written by"
+            f"{folder}: holds another model ({str(error).splitlines()[0]}); resume with the configuration that it "
+            "was written by"
         ) from None
-    path = folder / f"random_state_{rank}.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    path = folder / _random_state_file(rank)
+    return _load(path) if path.is_file() else None
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 __all__ = [
     "CheckpointError",
+    "Stateful",
+    "checkpoint_folder",
+    "checkpoint_to_resume",
     "flush_folder",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "random_state",
+    "read_manifest",
     "read_state",
+    "remove_partial",
     "replace_folder",
     "restore_random_state",
     "verify_checkpoint",

@@ -1,22 +1,18 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""What a run tells: a progress bar or log lines, `log.jsonl`, and experiment trackers; and how it hears that it should
-stop."""
+"""What a run tells: a progress bar or log lines, `log.jsonl`, and experiment trackers."""
 
 import json
 import logging
 import math
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .checkpoints import write_text_atomically
+from .files import write_text_atomically
 from .state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -137,35 +133,4 @@ class ProgressReporter:
         self.accelerator.end_training()
 
 
-class StopRequest:
-    """
-    While entered, SIGTERM and SIGINT set `signal_number` instead of ending the process; a second one ends it.
-
-    Signals reach only the main thread; elsewhere nothing is installed.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._former[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        logger.warning("%s: a checkpoint is written after this step", signal.Signals(number).name)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-        self._former = {}
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-
-__all__ = ["ProgressReporter", "StepMeter", "StopRequest"]
+__all__ = ["ProgressReporter", "StepMeter"]

@@ -1,9 +1,20 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Where a run stands and how it ended."""
+"""Where a run stands, what must be the same for a resumed run to be the same run, and the folder that it leaves."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .arguments import ConfigurationError
+from .checkpoints import CheckpointError
+from .files import PARTIAL_PREFIX, flush_folder, replace_folder
+from .processes import ProcessGroup
+from .sharded_state import model_tensors
 
 
 @dataclass
@@ -16,6 +27,9 @@ class TrainerState:
         epoch (`int`), next_batch (`int`): the next micro-batch of each process is this one of this epoch.
         elapsed_seconds (`float`): time spent in training steps, over all resumptions.
         num_volumes (`int`): volume-report pairs seen, over all processes.
+        evaluated_step (`int`, *optional*): when the model was last validated.
+        best_step (`int`, *optional*), best_metric (`float`, *optional*): when the metric that chooses the best
+            checkpoint was best, and what it was.
     """
 
     step: int = 0
@@ -23,6 +37,32 @@ class TrainerState:
     next_batch: int = 0
     elapsed_seconds: float = 0.0
     num_volumes: int = 0
+    evaluated_step: int | None = None
+    best_step: int | None = None
+    best_metric: float | None = None
+
+    def note_metrics(self, metrics: dict[str, float], name: str | None, greater_is_better: bool) -> bool:
+        """
+        Remember whether this step is the best so far.
+
+        Args:
+            metrics (`dict[str, float]`): of a validation.
+            name (`str`, *optional*): the one that counts; `None` if none does.
+            greater_is_better (`bool`): whether a greater one is better.
+        """
+        if name is None:
+            return False
+        if name not in metrics:
+            raise ConfigurationError(
+                f"training.metric_for_best_model={name!r} is none of the validation's {', '.join(sorted(metrics))}"
+            )
+        value = metrics[name]
+        if self.best_metric is not None and not (
+            value > self.best_metric if greater_is_better else value < self.best_metric
+        ):
+            return False
+        self.best_step, self.best_metric = self.step, value
+        return True
 
 
 @dataclass(frozen=True)
@@ -31,7 +71,7 @@ class TrainingResult:
     How a run ended.
 
     Args:
-        status (`str`): `"completed"`, or `"interrupted"` by a signal after writing a checkpoint.
+        status (`str`): `"completed"`, or `"interrupted"` by a signal or `max_hours` after writing a checkpoint.
         state ([`TrainerState`]): where it stands.
         model_dir (`Path`, *optional*): the `save_pretrained` folder of a completed run.
         metrics (`dict[str, float]`): of the last validation.
@@ -43,4 +83,46 @@ class TrainingResult:
     metrics: dict[str, float]
 
 
-__all__ = ["TrainerState", "TrainingResult"]
+def refuse_other_run(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise if a checkpoint belongs to a run of other data or settings; the arguments after it name both."""
+    for name, value in current.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{folder}: the run had {name}={saved.get(name)!r}, this one has {value!r}; resume with the same "
+                "configuration and data, or choose another training.output_dir"
+            )
+
+
+def save_model_folder(
+    target: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    card: str,
+    processes: ProcessGroup,
+    before_rename: Callable[[], Any],
+) -> Path:
+    """
+    Write a `save_pretrained` folder that is whole or absent; every process calls this.
+
+    Args:
+        target (`Path`): the folder.
+        model (`PreTrainedModel`), processor (*optional*), card (`str`): what it holds.
+        processes ([`ProcessGroup`]): of the run.
+        before_rename (callable): called on the main process; what it raises leaves the former folder.
+    """
+    tensors = model_tensors(model)
+    partial = target.with_name(f"{PARTIAL_PREFIX}{target.name}")
+    with processes.together():
+        if processes.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial, state_dict=tensors)
+            if processor is not None:
+                processor.save_pretrained(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            flush_folder(partial)
+            before_rename()
+            replace_folder(partial, target)
+    return target
+
+
+__all__ = ["TrainerState", "TrainingResult", "refuse_other_run", "save_model_folder"]

@@ -2,10 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """One Accelerate loop: prepare, step, log, validate, save, resume. Model, data and metrics arrive as arguments."""
 
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -23,32 +21,28 @@ from transformers import PreTrainedModel
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .batch_norm import training_mode
 from .checkpoints import (
-    CheckpointError,
-    flush_folder,
-    latest_checkpoint,
+    Stateful,
+    checkpoint_to_resume,
     list_checkpoints,
     load_checkpoint,
     random_state,
     read_state,
-    replace_folder,
     restore_random_state,
-    verify_checkpoint,
     write_checkpoint,
-    write_text_atomically,
 )
 from .model_card import fill_model_card
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
 from .prefetch import prefetched
 from .preflight import choose_precision, device_name, refuse_before_training
-from .progress import ProgressReporter, StepMeter, StopRequest
+from .processes import ProcessGroup
+from .progress import ProgressReporter, StepMeter
 from .sampling import KeyedDataset, ShardedBatchSampler, stable_seed
-from .state import TrainerState, TrainingResult
+from .session import RunSession
+from .state import TrainerState, TrainingResult, refuse_other_run, save_model_folder
+from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
 
 logger = logging.getLogger(__name__)
-
-# sysexits' "temporary failure, try again": what a scheduler may requeue on.
-EXIT_STATUS_INTERRUPTED = 75
 
 
 class T3DTrainer:
@@ -118,6 +112,11 @@ class T3DTrainer:
         )
         self.state = TrainerState()
         self.metrics: dict[str, float] = {}
+        # What is saved and resumed besides, by name.
+        self.extra_state: dict[str, Stateful] = {"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}
+        self.processes = ProcessGroup()
+        self.session = RunSession(self.output_dir, self.processes, lambda: asdict(self.state))
+        self.deadline = None if args.max_hours is None else time.monotonic() + 3600 * args.max_hours
 
     # ------------------------------------------------------------------------------------------ before training
 
@@ -162,33 +161,26 @@ class T3DTrainer:
                 Continue from the newest checkpoint in `output_dir`, or start if there is none. Without it a folder
                 that holds checkpoints is refused.
         """
-        random_state_of_rank = self._resume() if resume else None
-        if not resume:
-            self._refuse_former_run()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        settings = self.args.to_dict()
-        reporter = ProgressReporter(
-            self.accelerator, self.output_dir, settings, total=self.total_steps, step=self.state.step
-        )
-        if random_state_of_rank is not None:
-            restore_random_state(random_state_of_rank)
-        self._write_status("running")
-        status = "failed"
-        try:
-            with StopRequest() as stop:
+        with self.session as session:
+            random_state_of_rank = self._resume() if resume else self._refuse_former_run()
+            settings = self.args.to_dict()
+            reporter = ProgressReporter(
+                self.accelerator, self.output_dir, settings, total=self.total_steps, step=self.state.step
+            )
+            if random_state_of_rank is not None:
+                restore_random_state(random_state_of_rank)
+            session.begin(reporter.close)
+            with StopRequest(self.deadline) as stop:
                 interrupted = self._run(reporter, stop)
             model_dir = None if interrupted else self._save_model()
             status = "interrupted" if interrupted else "completed"
-        finally:
-            self._write_status(status)
-            reporter.close()
+            session.write_status(status, (stop.cause or "a signal to another process") if interrupted else None)
         return TrainingResult(status, self.state, model_dir, self.metrics)
 
     def _run(self, reporter: ProgressReporter, stop: StopRequest) -> bool:
         """Steps until the budget is spent; returns whether a signal ended them first."""
         args, state = self.args, self.state
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
-        last_saved = last_evaluated = state.step
         training_mode(self.model, args)
         interrupted = self._agree(stop)
         with closing(self._steps()) as steps:
@@ -200,20 +192,20 @@ class T3DTrainer:
                 state.elapsed_seconds += time.monotonic() - start
                 interrupted = self._agree(stop)
                 reporter.advance()
-                is_save_due = interrupted or bool(args.save_steps and state.step % args.save_steps == 0)
-                if is_save_due or self.progress >= 1 or state.step % args.logging_steps == 0:
+                is_last = self.progress >= 1
+                is_evaluation_due = not interrupted and (is_last or _is_multiple(state.step, args.eval_steps))
+                is_save_due = interrupted or is_last or _is_multiple(state.step, args.save_steps)
+                if is_save_due or is_evaluation_due or _is_multiple(state.step, args.logging_steps):
+                    self.session.check()
                     reporter.log(state.step, meter.pop() | {"learning_rate": self.optimizer.param_groups[0]["lr"]})
-                if args.eval_steps and state.step % args.eval_steps == 0 and not interrupted:
-                    self._evaluate(reporter)
-                    last_evaluated = state.step
+                if is_evaluation_due:
+                    is_save_due |= self._evaluate(reporter)
                 if is_save_due:
                     self.save_checkpoint()
-                    last_saved = state.step
-        if not interrupted:
-            if last_evaluated != state.step or not self.metrics:
-                self._evaluate(reporter)
-            if last_saved != state.step:
-                self.save_checkpoint()
+        if not interrupted and state.evaluated_step != state.step:
+            # The last step was taken by a run that a signal stopped before it validated.
+            self._evaluate(reporter)
+            self.save_checkpoint()
         return interrupted
 
     def _steps(self) -> Generator[list[dict[str, torch.Tensor]], None, None]:
@@ -246,9 +238,14 @@ class T3DTrainer:
             pin_memory=self.accelerator.device.type == "cuda",
             # A loader draws its workers' seed from the global generator unless it is given one.
             generator=torch.Generator(),
+            worker_init_fn=obey_parent_alone,
         )
+        if not args.dataloader_num_workers:
+            return prefetched(loader)
         # Loader processes work ahead by themselves.
-        return (batch for batch in loader) if args.dataloader_num_workers else prefetched(loader)
+        with stop_signals_held():
+            batches = iter(loader)
+        return (batch for batch in batches)
 
     def _step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One optimiser step; returns the scalars of the model's output, those of micro-batches averaged."""
@@ -274,11 +271,11 @@ class T3DTrainer:
         return terms
 
     def _agree(self, stop: StopRequest) -> bool:
-        """Whether any process heard a signal; also gives all processes the main one's clock."""
+        """Whether any process should stop; also gives all processes the main one's clock."""
         if self.accelerator.num_processes == 1:
-            return stop.signal_number is not None
+            return stop.cause is not None
         is_main = self.accelerator.is_main_process
-        heard = float(stop.signal_number is not None)
+        heard = float(stop.cause is not None)
         clock = self.state.elapsed_seconds if is_main else 0.0
         message = torch.tensor([heard, clock], dtype=torch.float64, device=self.accelerator.device)
         heard, self.state.elapsed_seconds = self.accelerator.reduce(message, reduction="sum").tolist()
@@ -296,12 +293,16 @@ class T3DTrainer:
             training_mode(self.unwrapped_model, self.args)
             restore_random_state(before)
 
-    def _evaluate(self, reporter: ProgressReporter) -> None:
+    def _evaluate(self, reporter: ProgressReporter) -> bool:
+        """Validate; returns whether the metric that chooses the best checkpoint was never better."""
+        self.state.evaluated_step = self.state.step
         if self.evaluate is None:
-            return
+            return False
         with self._evaluation_mode():
-            self.metrics = self.evaluate(self.unwrapped_model)
+            # One answer: what follows from it is collective.
+            self.metrics = self.processes.from_main(self.evaluate(self.unwrapped_model))
         reporter.log(self.state.step, self.metrics, kind="validation")
+        return self.state.note_metrics(self.metrics, self.args.metric_for_best_model, self.args.greater_is_better)
 
     # ------------------------------------------------------------------------------------------ saving
 
@@ -319,9 +320,19 @@ class T3DTrainer:
                 "num_processes": self.accelerator.num_processes,
             },
             keep=self.args.save_total_limit,
-            rank=self.accelerator.process_index,
-            barrier=self.accelerator.wait_for_everyone,
+            best_step=self.state.best_step,
+            extra=self.extra_state,
+            processes=self.processes,
+            add_files=self._save_configuration,
+            fence=self.session.fence,
+            before_rename=self.session.check,
         )
+
+    def _save_configuration(self, folder: Path) -> None:
+        """What lets `from_pretrained` read a checkpoint, the best one above all."""
+        self.unwrapped_model.config.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
     def _run_identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run; `data` where the data set has a fingerprint."""
@@ -336,20 +347,22 @@ class T3DTrainer:
 
     def _resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint; returns this process's random state."""
-        folder = latest_checkpoint(self.output_dir)
+        folder = None
+        with self.processes.together():
+            if self.processes.is_main:
+                folder = checkpoint_to_resume(self.output_dir)
+        folder = self.processes.from_main(folder)
         if folder is None:
             logger.warning("%s holds no checkpoint; the run starts anew", self.output_dir)
             return None
-        verify_checkpoint(folder)
         saved = read_state(folder)
-        for name, value in self._run_identity().items():
-            if saved["run"][name] != value:
-                raise CheckpointError(
-                    f"{folder}: the run had {name}={saved['run'][name]!r}, this one has {value!r}; resume with the "
-                    "same configuration and data, or choose another training.output_dir"
-                )
+        refuse_other_run(folder, saved["run"], self._run_identity())
         random_state_of_rank = load_checkpoint(
-            folder, model=self.unwrapped_model, optimizer=self.optimizer, rank=self.accelerator.process_index
+            folder,
+            model=self.unwrapped_model,
+            optimizer=self.optimizer,
+            extra=self.extra_state,
+            rank=self.accelerator.process_index,
         )
         self.state = TrainerState(**saved["trainer"])
         self.metrics = saved["metrics"]
@@ -372,38 +385,29 @@ class T3DTrainer:
 
     def _save_model(self) -> Path:
         """Write the folder that others load: model, processor and model card."""
-        target, partial = self.output_dir / "model", self.output_dir / ".partial-model"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            self.unwrapped_model.save_pretrained(partial)
-            if self.processor is not None:
-                self.processor.save_pretrained(partial)
-            card = fill_model_card(
-                self.unwrapped_model,
-                self.args,
-                processor=self.processor,
-                metrics=self.metrics,
-                run={
-                    "steps": self.state.step,
-                    "volumes": self.state.num_volumes,
-                    "minutes": self.state.elapsed_seconds / 60,
-                    "processes": self.accelerator.num_processes,
-                    "device": device_name(self.accelerator.device),
-                    "precision": self.accelerator.mixed_precision,
-                },
-                **self.card_facts,
-            )
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            flush_folder(partial)
-            replace_folder(partial, target)
-        self.accelerator.wait_for_everyone()
-        return target
+        run = {
+            "steps": self.state.step,
+            "volumes": self.state.num_volumes,
+            "minutes": self.state.elapsed_seconds / 60,
+            "processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
+            "precision": self.accelerator.mixed_precision,
+        }
+        card = fill_model_card(
+            self.unwrapped_model,
+            self.args,
+            processor=self.processor,
+            metrics=self.metrics,
+            run=run,
+            **self.card_facts,
+        )
+        return save_model_folder(
+            self.output_dir / "model", self.unwrapped_model, self.processor, card, self.processes, self.session.check
+        )
 
-    def _write_status(self, status: str) -> None:
-        """`status.json`: what a scheduler can look at where a launcher hides the exit status; `running` if killed."""
-        if self.accelerator.is_main_process:
-            text = json.dumps({"status": status, **asdict(self.state)})
-            write_text_atomically(self.output_dir / "status.json", text)
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
 
 
 __all__ = ["EXIT_STATUS_INTERRUPTED", "T3DTrainer"]

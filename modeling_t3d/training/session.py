@@ -1,0 +1,125 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What surrounds a run: the lock on its folder, the watch over its processes, `status.json`, and the one line that
+says why it failed."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import latest_checkpoint, remove_partial
+from .files import is_disk_full, write_text_atomically
+from .process_watch import ProcessWatch
+from .processes import ProcessGroup, describe_error
+from .run_lock import RunLock
+
+logger = logging.getLogger(__name__)
+
+_CAUSE_SECONDS = 5.0
+
+
+class RunSession:
+    """
+    While entered, this run owns `output_dir` and ends when a process of it does. Entered and left by all processes.
+
+    `status.json` holds `status` (`running`, `completed`, `interrupted` or `failed`; `running` too if the run was
+    killed), `cause` where there is one, and where the run stands; a scheduler can look there where a launcher hides
+    the exit status.
+
+    Args:
+        output_dir (`Path`): the folder; made if there is none.
+        processes ([`ProcessGroup`]): of the run.
+        describe (callable): where the run stands, as JSON holds it.
+    """
+
+    def __init__(self, output_dir: Path, processes: ProcessGroup, describe: Callable[[], dict[str, Any]]) -> None:
+        self.output_dir = output_dir
+        self.processes = processes
+        self.describe = describe
+        self.lock = RunLock(output_dir)
+        self.watch = ProcessWatch(processes, self._end)
+        self.fence = 0
+        self._close: Callable[[], Any] | None = None
+
+    def __enter__(self) -> "RunSession":
+        with self.processes.together():
+            if self.processes.is_main:
+                self.lock.acquire()
+                # After the lock: a former run that wakes up finds nothing that it could rename.
+                remove_partial(self.output_dir)
+        self.fence = self.processes.from_main(self.lock.number)
+        self.watch = ProcessWatch(self.processes, self._end)
+        try:
+            self.watch.__enter__()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def begin(self, close: Callable[[], Any]) -> None:
+        """From here on `status.json` is this run's; `close` is called at its end, however it ends."""
+        self._close = close
+        self.write_status("running")
+
+    def check(self) -> None:
+        """Raise on the main process if another run has taken the folder over."""
+        if self.processes.is_main and self.lock.number is not None:
+            self.lock.check()
+
+    def write_status(self, status: str, cause: str | None = None) -> None:
+        """Say how the run stands."""
+        if self.processes.is_main:
+            self.lock.check()
+            values = {"status": status, **({"cause": cause} if cause else {}), **self.describe()}
+            write_text_atomically(self.output_dir / "status.json", json.dumps(values))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None and self._close is not None:
+            cause = describe_error(error)
+            self._wait_for_cause(error)
+            logger.error("%s", self._last_words(cause, error))
+            self.watch.announce(cause)
+            self._try_to_write_failure(cause)
+            with suppress(Exception):
+                self._close()
+        elif self._close is not None:
+            self._close()
+        self._close = None
+        self.watch.__exit__(kind, error, traceback)
+        if self.processes.is_main:
+            self.lock.release()
+
+    def _wait_for_cause(self, error: BaseException) -> None:
+        """A connection that broke: whoever broke it is about to be known, and this process to be ended with that."""
+        if self.processes.size > 1 and isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            time.sleep(_CAUSE_SECONDS)
+
+    def _end(self, cause: str) -> None:
+        """End this process at once: its other threads may wait for one that is dead."""
+        print(self._last_words(cause), file=sys.stderr, flush=True)
+        self._try_to_write_failure(cause)
+        os._exit(1)
+
+    def _try_to_write_failure(self, cause: str) -> None:
+        # A full disk, or another run's folder: the line that was printed has to do.
+        with suppress(Exception):
+            self.write_status("failed", cause)
+
+    def _last_words(self, cause: str, error: BaseException | None = None) -> str:
+        checkpoint = latest_checkpoint(self.output_dir)
+        remedy = f"{checkpoint} is whole, resume from it" if checkpoint else "there is no checkpoint yet"
+        if error is not None and is_disk_full(error):
+            remedy = f"make room; {remedy}"
+        if "DataLoader worker" in cause:
+            remedy = f"out of memory if it was killed: lower training.dataloader_num_workers; {remedy}"
+        step = self.describe().get("step", 0)
+        return f"rank {self.processes.rank} stopped at step {step}: {cause}; {remedy}"
+
+
+__all__ = ["RunSession"]
