@@ -269,8 +269,8 @@ class T3DModel(T3DPreTrainedModel):
         if kept.any():
             encoded = self._encode_views(views[kept])
         else:
-            # The other ranks wait for maps of the same grid.
-            with torch.no_grad(), frozen_batch_norm_statistics(self.vision_model):
+            # The other ranks wait for maps of the same grid, and for this one's part, zero, of their gradients.
+            with frozen_batch_norm_statistics(self.vision_model):
                 encoded = self.vision_model(torch.zeros_like(views[:1])).last_hidden_state[:0]
         maps = encoded.new_zeros(len(views), *encoded.shape[1:])
         return maps.masked_scatter(kept.view(-1, 1, 1, 1, 1), encoded).unflatten(0, shape), local_mask
