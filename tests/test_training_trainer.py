@@ -1,68 +1,20 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""The trainer trains what was asked for, loses nothing when it is killed, and two processes see disjoint samples."""
+"""The trainer trains what was asked for, resumes where it stood, and two processes see disjoint samples."""
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.optim import AdamW
+from training_runs import assert_same_weights, launch, log_of, status, torchrun, weights
 from training_stub import NUM_SAMPLES, StubConfig, StubModel, build_trainer
 
 from modeling_t3d.training.arguments import ConfigurationError, T3DTrainingArguments
 from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints
 from modeling_t3d.training.optimization import clamp_logit_scale, learning_rate, parameter_groups
-from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED
-
-STUB = Path(__file__).with_name("training_stub.py")
-ROOT = STUB.parents[1]
-
-
-def start(output_dir: Path, *launcher: str, **settings) -> subprocess.Popen:
-    """A run of the stub in a process of its own."""
-    words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(STUB), str(output_dir), *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
-    """Until `condition()` holds; fails with the process's output if it ends or lingers."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"the run did not get there: {process.communicate()[0]}")
-        time.sleep(0.01)
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "model" / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def status(output_dir: Path) -> str:
-    return json.loads((output_dir / "status.json").read_text())["status"]
-
-
-def log_of(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
-
 
 # ---------------------------------------------------------------------------------------------- training
 
@@ -80,7 +32,7 @@ def test_trains_logs_and_saves(tmp_path):
     trainer = build_trainer(tmp_path, evaluate=evaluate, eval_steps=6, trackers=["tensorboard"])
     before = {name: value.clone() for name, value in trainer.unwrapped_model.state_dict().items()}
     result = trainer.train()
-    assert result.status == status(tmp_path) == "completed"
+    assert result.status == status(tmp_path)["status"] == "completed"
     assert result.state.step == 12
     assert result.state.num_volumes == 48
     after = trainer.unwrapped_model.state_dict()
@@ -208,7 +160,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss became nan by step 8; .* resume from it with a lower"):
         trainer.train(resume=True)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000004"]
-    assert status(tmp_path) == "failed"
+    assert status(tmp_path)["status"] == "failed"
 
 
 # ---------------------------------------------------------------------------------------------- resuming
@@ -274,56 +226,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         build_trainer(tmp_path, max_steps=8).train(resume=True)
 
 
-def kill_and_resume(folder: Path, num_kills: int, **settings) -> None:
-    """Kill a run at random moments, also while it saves, resume it, and compare with one that was left alone."""
-    build_trainer(folder / "whole", **settings).train()
-    run = folder / "killed"
-    moments = random.Random(0)
-    for _ in range(num_kills):
-        before = len(log_of(run)) if (run / "log.jsonl").exists() else 0
-        process = start(run, seconds=0.02, resume=True, **settings)
-        wait_for(lambda before=before: (run / "log.jsonl").exists() and len(log_of(run)) > before + 1, process)
-        time.sleep(moments.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    assert build_trainer(run, **settings).train(resume=True).status == "completed"
-    assert_same_weights(folder / "whole", run)
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    kill_and_resume(tmp_path, 1, max_steps=60, save_steps=2, logging_steps=1)
-
-
-@pytest.mark.slow
-def test_ten_kills(tmp_path):
-    kill_and_resume(tmp_path, 10, max_steps=400, save_steps=1, logging_steps=1)
-
-
-def test_a_signal_writes_a_checkpoint_and_an_exit_status(tmp_path):
-    settings = {"max_steps": 60, "save_steps": None, "logging_steps": 1}
-    build_trainer(tmp_path / "whole", **settings).train()
-    run = tmp_path / "stopped"
-    process = start(run, seconds=0.02, **settings)
-    wait_for(lambda: (run / "log.jsonl").exists() and len(log_of(run)) > 2, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == EXIT_STATUS_INTERRUPTED, output
-    assert status(run) == "interrupted"
-    step = json.loads((run / "status.json").read_text())["step"]
-    assert [folder.name for folder in list_checkpoints(run)] == [f"step-{step:08d}"]
-    assert not (run / "model").exists()
-    build_trainer(run, **settings).train(resume=True)
-    assert_same_weights(tmp_path / "whole", run)
-
-
 # ---------------------------------------------------------------------------------------------- two processes
 
 
 def test_two_processes_see_disjoint_samples_and_train_one_model(tmp_path):
     settings = {"max_steps": 6, "dropout": 0.0, "max_grad_norm": None}
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
-    process = start(tmp_path / "two", *launcher, num_processes=2, per_device_train_batch_size=4, **settings)
+    process = launch(tmp_path / "two", *torchrun(2), num_processes=2, per_device_train_batch_size=4, **settings)
     build_trainer(tmp_path / "one", per_device_train_batch_size=8, **settings).train()
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output

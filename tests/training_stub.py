@@ -50,7 +50,7 @@ class StubModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
 
-    def forward(self, inputs, targets):
+    def forward(self, inputs, targets, indices=None):
         hidden_states = self.vision_model(inputs) * self.text_model(inputs)
         # The scale is pushed up, against its clamp.
         loss = (self.projection(hidden_states).squeeze(-1) - targets).square().mean() - 0.1 * self.logit_scale
@@ -58,10 +58,15 @@ class StubModel(PreTrainedModel):
 
 
 class StubDataset(Dataset):
-    """Samples that depend on their key; `seen` holds the indices in the order in which they were asked for."""
+    """
+    Samples that depend on their key; `seen` holds the indices in the order in which they were asked for.
 
-    def __init__(self, seconds: float = 0.0):
+    With a `folder`, a sample is also added what its file there says.
+    """
+
+    def __init__(self, seconds: float = 0.0, folder: str | None = None):
         self.seconds = seconds
+        self.folder = folder
         self.seen: list[int] = []
 
     def __len__(self):
@@ -71,16 +76,25 @@ class StubDataset(Dataset):
         self.seen.append(key.sample)
         time.sleep(self.seconds)
         generator = torch.Generator().manual_seed(key.epoch * 1000 + key.sample)
-        return torch.randn(4, generator=generator), torch.tensor(float(key.sample % 3))
+        offset = float((Path(self.folder) / f"{key.sample}.txt").read_text()) if self.folder else 0.0
+        return torch.randn(4, generator=generator) + offset, torch.tensor(float(key.sample % 3)), key.sample
 
 
 def collate(samples):
-    inputs, targets = zip(*samples, strict=True)
-    return {"inputs": torch.stack(inputs), "targets": torch.stack(targets)}
+    inputs, targets, indices = zip(*samples, strict=True)
+    return {"inputs": torch.stack(inputs), "targets": torch.stack(targets), "indices": torch.tensor(indices)}
 
 
-def build_trainer(output_dir, *, seconds: float = 0.0, dropout: float = 0.3, evaluate=None, **settings) -> T3DTrainer:
-    """A trainer on the stub; `settings` are training arguments."""
+def validate(model) -> dict[str, float]:
+    """A metric that draws random numbers and that no training should feel."""
+    torch.rand(7)
+    return {"score": model.projection.weight.sum().item()}
+
+
+def build_trainer(
+    output_dir, *, seconds: float = 0.0, dropout: float = 0.3, evaluate=None, folder=None, record=False, **settings
+) -> T3DTrainer:
+    """A trainer on the stub; `settings` are training arguments. `record` notes which samples each step had."""
     defaults = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,
@@ -95,15 +109,30 @@ def build_trainer(output_dir, *, seconds: float = 0.0, dropout: float = 0.3, eva
     args = from_mapping(T3DTrainingArguments, {"output_dir": str(output_dir), **defaults, **settings})
     torch.manual_seed(0)
     model = StubModel(StubConfig(dropout=dropout))
-    return T3DTrainer(model, args, StubDataset(seconds), collate, evaluate=evaluate)
+
+    def note(batch):
+        line = json.dumps([trainer.session.fence, trainer.state.step, batch["indices"].tolist()])
+        with (Path(output_dir) / f"samples_{trainer.accelerator.process_index}.jsonl").open("a") as file:
+            file.write(line + "\n")
+        return batch
+
+    dataset = StubDataset(seconds, folder)
+    trainer = T3DTrainer(model, args, dataset, collate, evaluate=evaluate, batch_transform=note if record else None)
+    return trainer
+
+
+def main(output_dir: str, settings: dict) -> int:
+    """Train and return the exit status."""
+    torch.set_num_threads(1)
+    resume = settings.pop("resume", False)
+    evaluate = validate if settings.pop("validate", False) else None
+    trainer = build_trainer(output_dir, evaluate=evaluate, **settings)
+    result = trainer.train(resume=resume)
+    seen = Path(output_dir) / f"seen_{trainer.accelerator.process_index}.json"
+    seen.write_text(json.dumps(trainer.train_dataset.seen))
+    return 0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    settings = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in sys.argv[2:])}
-    resume = settings.pop("resume", False)
-    trainer = build_trainer(sys.argv[1], **settings)
-    result = trainer.train(resume=resume)
-    seen = Path(sys.argv[1]) / f"seen_{trainer.accelerator.process_index}.json"
-    seen.write_text(json.dumps(trainer.train_dataset.seen))
-    sys.exit(0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED)
+    words = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in sys.argv[2:])}
+    sys.exit(main(sys.argv[1], words))

@@ -1,0 +1,265 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Runs of the training stub in processes of their own, to be stopped and killed, and what they leave.
+
+`TrainingRuns` forks them from one server that has imported everything (`python training_runs.py`): a start costs a
+fraction of a second instead of several. `launch` starts them with torchrun as users do.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STUB = Path(__file__).with_name("training_stub.py")
+ROOT = STUB.parents[1]
+# Waits end long before, also on a machine that does much else.
+PATIENCE_SECONDS = 600.0
+
+
+class Run:
+    """The processes of a run, by rank."""
+
+    def __init__(self, server: "TrainingRuns", processes: list[int], outputs: list[Path], store: Any) -> None:
+        self.server = server
+        self.processes = processes
+        self.outputs = outputs
+        self.store = store
+        self.statuses: list[int | None] = [None] * len(processes)
+
+    def poll(self) -> list[int | None]:
+        """Exit statuses as `subprocess` has them; `None` of what still runs."""
+        for rank, process in enumerate(self.processes):
+            if self.statuses[rank] is None:
+                self.statuses[rank] = self.server.ask(poll=process)
+        return self.statuses
+
+    def wait(self) -> list[int | None]:
+        """Exit statuses of all, once they have them."""
+        wait_until(lambda: None not in self.poll(), describe=self.output, at_failure=self.kill)
+        return self.statuses
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        """Until `condition()` holds; fails if a process ends before."""
+
+        def holds() -> bool:
+            if condition():
+                return True
+            assert self.poll() == [None] * len(self.processes), self.output()
+            return False
+
+        wait_until(holds, describe=self.output, at_failure=self.kill)
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            os.kill(process, number)
+
+    def kill(self) -> None:
+        """Kill what still runs."""
+        for process, status in zip(self.processes, self.poll(), strict=True):
+            if status is None:
+                os.kill(process, signal.SIGKILL)
+
+    def output(self) -> str:
+        """What all printed."""
+        return "\n".join(path.read_text() for path in self.outputs)
+
+
+class TrainingRuns:
+    """Starts runs by forking a server; a context."""
+
+    def __enter__(self) -> "TrainingRuns":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
+    def ask(self, **request: Any) -> Any:
+        """The server's answer."""
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(
+        self, output_dir: Path, num_processes: int = 1, *, limits: dict[str, int] | None = None, **settings: Any
+    ) -> Run:
+        """
+        Start a run of the stub.
+
+        Args:
+            output_dir (`Path`): its folder.
+            num_processes (`int`): how many.
+            limits (`dict[str, int]`, *optional*): of the system's resources, for the last rank alone.
+            settings: of `training_stub.build_trainer`, and `resume`.
+        """
+        environment, store = {}, None
+        if num_processes > 1:
+            # The store lives here, as it does in a launcher: no port is chosen that something else may take.
+            store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environment = {
+                "WORLD_SIZE": num_processes,
+                "LOCAL_WORLD_SIZE": num_processes,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": 0,
+            }
+            settings = {"num_processes": num_processes, **settings}
+        processes, outputs = [], []
+        for rank in range(num_processes):
+            outputs.append(output_dir.with_name(f"{output_dir.name}-{time.time_ns()}-{rank}.txt"))
+            outputs[-1].touch()
+            ranks = {"RANK": rank, "LOCAL_RANK": rank} if environment else {}
+            processes.append(
+                self.ask(
+                    output_dir=str(output_dir),
+                    output=str(outputs[-1]),
+                    environment={name: str(value) for name, value in {**environment, **ranks}.items()},
+                    limits=(limits or {}) if rank == num_processes - 1 else {},
+                    settings=settings,
+                )
+            )
+        return Run(self, processes, outputs, store)
+
+
+def wait_until(
+    condition: Callable[[], Any], *, describe: Callable[[], str], at_failure: Callable[[], Any] = lambda: None
+) -> None:
+    """Until `condition()` holds; fails with `describe()` after ten minutes."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            text = describe()
+            at_failure()
+            pytest.fail(f"it did not get there: {text}")
+        time.sleep(0.01)
+
+
+def launch(output_dir: Path, *launcher: str, **settings: Any) -> subprocess.Popen:
+    """A run of the stub under a launcher (`python -m ...`), or alone."""
+    words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(STUB), str(output_dir), *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def torchrun(num_processes: int) -> Sequence[str]:
+    """The launcher's words, for `launch`."""
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
+
+
+# ---------------------------------------------------------------------------------------------- what runs leave
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    """Of a completed run."""
+    return load_file(output_dir / "model" / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def status(output_dir: Path) -> dict[str, Any]:
+    """`status.json`."""
+    return json.loads((output_dir / "status.json").read_text())
+
+
+def log_of(output_dir: Path) -> list[dict[str, Any]]:
+    """`log.jsonl`, less a line that is being written; empty if there is none."""
+    path = output_dir / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def samples_by_step(output_dir: Path) -> dict[int, list[int]]:
+    """Of runs with `record`: step -> samples of its batch in the order of ranks, as the last run that took it had."""
+    taken: dict[int, tuple[int, dict[int, list[int]]]] = {}
+    for path in output_dir.glob("samples_*.jsonl"):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                fence, step, samples = json.loads(line)
+                if step not in taken or taken[step][0] < fence:
+                    taken[step] = (fence, {})
+                if taken[step][0] == fence:
+                    taken[step][1][int(path.stem.split("_")[1])] = samples
+    return {
+        step: [sample for rank in sorted(shares) for sample in shares[rank]] for step, (_, shares) in taken.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------- server
+
+
+def _serve() -> None:
+    import training_stub  # noqa: F401 - what every child needs
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            answer = _exit_status(request["poll"])
+        else:
+            answer = os.fork()
+            if not answer:
+                _become(request)
+        print(json.dumps(answer), flush=True)
+
+
+def _exit_status(process: int) -> int | None:
+    found, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _become(request: dict[str, Any]) -> None:
+    """The rest of a child's life."""
+    import resource
+    import traceback
+
+    import training_stub
+
+    descriptor = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    code = 1
+    try:
+        os.environ.update(request["environment"])
+        for name, value in request["limits"].items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+        code = training_stub.main(request["output_dir"], request["settings"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Loader processes are left to see for themselves that this one is gone, as after a kill.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
