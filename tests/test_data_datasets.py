@@ -249,6 +249,17 @@ def test_a_batch_is_what_the_model_takes(scans):
     assert not any(name.startswith("local") for name in without)
 
 
+def test_a_batch_holds_what_an_objective_reads_and_no_more(scans):
+    dataset = build(scans)
+    samples = [dataset[(epoch, 0, index)] for epoch in range(2) for index in range(3)]
+    plain = collator_of(dataset)(samples)
+    batch = collator_of(dataset, global_views=False, corruption_seeds=True)(samples)
+    assert batch.keys() == (plain.keys() - {"pixel_values"}) | {"corruption_seeds"}
+    seeds = batch["corruption_seeds"]
+    assert len(set(seeds.tolist())) == 6, "others for every volume and epoch"
+    assert torch.equal(collator_of(dataset, corruption_seeds=True)(samples[4:5])["corruption_seeds"], seeds[4:5])
+
+
 def test_long_reports_are_cut_and_counted(scans):
     dataset = build(scans)
     collate = collator_of(dataset, max_report_tokens=9)

@@ -154,7 +154,7 @@ class AugmentingCollator:
         drawn = [self.augmentation.draw(sample.view_seed) for sample in samples]
         changed = []
         for sample, (parameters, _) in zip(samples, drawn, strict=True):
-            mirrored = _mirrored(sample) if parameters[4] else None
+            mirrored = mirrored_sample(sample) if parameters[4] else None
             parameters[4] = float(mirrored is not None)
             changed.append(mirrored or sample)
         batch = self.collator(changed)
@@ -163,7 +163,7 @@ class AugmentingCollator:
         return batch
 
 
-def _mirrored(sample: PretrainingSample) -> PretrainingSample | None:
+def mirrored_sample(sample: PretrainingSample) -> PretrainingSample | None:
     """A sample whose texts have their sides exchanged; `None` if one of them cannot."""
     texts = [swap_sides(entry) for entry in (sample.text, *sample.sentences)]
     swapped = [entry for entry in texts if entry is not None]
@@ -172,4 +172,4 @@ def _mirrored(sample: PretrainingSample) -> PretrainingSample | None:
     return replace(sample, text=swapped[0], sentences=tuple(swapped[1:]), report_id=stable_id(swapped[0]))
 
 
-__all__ = ["AugmentingCollator", "BatchAugmentation", "swap_sides"]
+__all__ = ["AugmentingCollator", "BatchAugmentation", "mirrored_sample", "swap_sides"]

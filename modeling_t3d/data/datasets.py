@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Streams of random numbers: one part of a sample can change without moving the draws of another.
 _VIEWS, _ALIGNED, _SENTENCES = range(3)
+_CORRUPTION = 6  # those between belong to augmentation, perturbation and texts
 _KEPT_IN_MEMORY = 256 << 20  # bytes of global views that a process need not read from the store again
 
 
@@ -119,7 +120,8 @@ class PretrainingDataset(Dataset):
         missing = [row.number for row in rows if not row.report]
         if missing:
             raise ValueError(
-                f"row {missing[0]} of the manifest has no report; pre-training needs one for every volume"
+                f"row {missing[0]} of the manifest has no report; pre-training needs one for every volume: write it, "
+                "or generate captions with examples/generate_captions.py"
             )
         self.rows = list(rows)
         self.image_processor = image_processor
@@ -298,12 +300,24 @@ class PretrainingCollator:
         processor (`T3DProcessor`): image processor and tokenizer.
         num_local_views (`int`, *optional*): per volume; the image processor's by default, 0 for none.
         max_report_tokens (`int`, defaults to 512): longer reports are cut; see `count_truncated`.
+        global_views (`bool`, defaults to `True`): cut them; no term of some objectives reads them.
+        corruption_seeds (`bool`, defaults to `False`): add each sample's own, for restoration.
     """
 
-    def __init__(self, processor: Any, *, num_local_views: int | None = None, max_report_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        num_local_views: int | None = None,
+        max_report_tokens: int = 512,
+        global_views: bool = True,
+        corruption_seeds: bool = False,
+    ) -> None:
         self.image_processor = processor.image_processor
         self.tokenizer = processor.tokenizer
         self.num_local_views = self.image_processor.num_local_views if num_local_views is None else num_local_views
+        self.global_views = global_views
+        self.corruption_seeds = corruption_seeds
         self.max_report_tokens = min(max_report_tokens, self.tokenizer.model_max_length)
         self._tokenize = TokenCache(self.tokenizer, self.max_report_tokens)
 
@@ -317,13 +331,18 @@ class PretrainingCollator:
                 batch[f"sentence_{name}"] = values.unflatten(0, (-1, num_sentences))
             ids = torch.tensor([stable_id(sentence) for sentence in sentences])
             batch["sentence_ids"] = ids.unflatten(0, (-1, num_sentences))
-        batch["pixel_values"] = torch.stack(
-            [self.image_processor.global_view(sample.prepared, sample.global_values) for sample in samples]
-        )
+        if self.global_views:
+            batch["pixel_values"] = torch.stack(
+                [self.image_processor.global_view(sample.prepared, sample.global_values) for sample in samples]
+            )
         if self.num_local_views:
             batch.update(self._local_views(samples))
         batch["study_ids"] = torch.tensor([sample.study_id for sample in samples])
         batch["report_ids"] = torch.tensor([sample.report_id for sample in samples])
+        if self.corruption_seeds:
+            sequences = (np.random.SeedSequence((_CORRUPTION, *sample.view_seed)) for sample in samples)
+            words = [int(sequence.generate_state(1, np.uint64)[0]) >> 1 for sequence in sequences]
+            batch["corruption_seeds"] = torch.tensor(words)
         return batch
 
     def _local_views(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:

@@ -288,7 +288,7 @@ def _missing_report(sections: Sections, columns: list[str]) -> str:
     if sections != "both" and sections not in columns:
         return f"no column {sections!r}, which sections={sections!r} reads; add it or use sections='both'"
     columns_read = "findings, impression or report" if sections == "both" else sections
-    return f"no text in {columns_read}; add it or remove the row"
+    return f"no text in {columns_read}; add it or remove the row, or have examples/generate_captions.py write it"
 
 
 def _check_files(path: Path, rows: list[ManifestRow], records: dict[int, dict[str, Any]]) -> None:
