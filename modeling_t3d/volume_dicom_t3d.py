@@ -42,6 +42,16 @@ HEADER_KEYWORDS = [
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
 # What decoding needs; the rest of the header has been read before.
+# Body parts as the standard codes them, in words; anything else there could be free text.
+BODY_PARTS = {
+    "ABDOMEN": "abdomen", "ABDOMENPELVIS": "abdomen and pelvis", "ABDPELV": "abdomen and pelvis", "BRAIN": "brain",
+    "CHEST": "chest", "CHESTABDOMEN": "chest and abdomen", "CHESTABDPELVIS": "chest, abdomen and pelvis",
+    "CSPINE": "cervical spine", "HEAD": "head", "HEADNECK": "head and neck", "HEART": "heart", "HIP": "hip",
+    "KIDNEY": "kidneys", "KNEE": "knee", "LIVER": "liver", "LSPINE": "lumbar spine", "LUNG": "lungs", "NECK": "neck",
+    "NECKCHEST": "neck and chest", "PELVIS": "pelvis", "SHOULDER": "shoulder", "SPINE": "spine", "THORAX": "chest",
+    "TSPINE": "thoracic spine", "WHOLEBODY": "whole body",
+}  # fmt: skip
+ACQUISITION_KEYWORDS = ["Modality", "BodyPartExamined", "ContrastBolusAgent", "SliceThickness", "KVP"]
 PIXEL_KEYWORDS = [
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData"),
@@ -286,6 +296,28 @@ def describe_series(source: str, files: Sequence[str]) -> tuple[str, ...]:
         return tuple(one.describe() for one in _oriented(folder, found))
 
 
+def describe_acquisition(source: str, files: Sequence[str]) -> dict[str, Any]:
+    """How the first scan among the files was acquired: numbers and words of fixed lists, never what a person typed."""
+    with quiet_parsers():
+        folder = _Folder(source, files)
+        for file in range(len(files)):
+            dataset = folder.read(file, stop_before_pixels=True, specific_tags=ACQUISITION_KEYWORDS)
+            modality = "" if dataset is None else str(dataset.get("Modality", ""))
+            if dataset is None or modality in NOT_SCANS:
+                continue
+            body_part = str(dataset.get("BodyPartExamined", "")).upper().replace(" ", "").replace("_", "")
+            facts = {
+                "modality": modality if modality in NAMED_MODALITIES else None,
+                "body_part": BODY_PARTS.get(body_part),
+                "contrast": bool(dataset.get("ContrastBolusAgent")) or None,
+            }
+            for name, keyword in (("slice_thickness", "SliceThickness"), ("tube_voltage", "KVP")):
+                with contextlib.suppress(Refused):
+                    facts[name] = (_numbers(dataset, keyword, 1) or [None])[0]
+            return {name: value for name, value in facts.items() if value is not None}
+    return {}
+
+
 def _pixels(folder: _Folder, file: int) -> np.ndarray:
     """Stored pixel values of one file, (frames, rows, columns)."""
     dataset = folder.read(file, specific_tags=PIXEL_KEYWORDS)
@@ -365,4 +397,4 @@ def read_dicom(source: str, files: Sequence[str], *, series: int | None = None, 
     return Volume(array, stack.affine, modality=modality, source=source, warnings=(*notes, *stack.notes))
 
 
-__all__ = ["describe_series", "quiet_parsers", "read_dicom"]
+__all__ = ["describe_acquisition", "describe_series", "quiet_parsers", "read_dicom"]

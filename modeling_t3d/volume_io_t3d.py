@@ -28,7 +28,7 @@ from .geometry_t3d import (
 )
 from .nifti_stream_t3d import NiftiFile, check_type, import_nibabel, nifti_geometry, open_nifti
 from .volume_arithmetic_t3d import remove_shear, rescale
-from .volume_dicom_t3d import describe_series, quiet_parsers, read_dicom
+from .volume_dicom_t3d import describe_acquisition, describe_series, quiet_parsers, read_dicom
 from .volume_headers_t3d import archive_kind, damaged, pick_time
 from .volume_itk_t3d import LPS_TO_RAS, from_simple_itk, read_itk
 
@@ -117,6 +117,18 @@ def list_series(path: str | os.PathLike) -> tuple[str, ...]:
     is_folder = _check_readable(source)
     suffix = os.path.splitext(source)[1].lower()
     return describe_series(source, _dicom_files(source, suffix, is_folder))
+
+
+def read_acquisition(path: str | os.PathLike) -> dict[str, Any]:
+    """What a DICOM file or folder says of its acquisition and cannot identify anyone: `modality`, `body_part`,
+    `contrast`, `slice_thickness` (mm), `tube_voltage` (kV), as far as they are known; other formats say nothing."""
+    source = os.fspath(path)
+    is_folder = _check_readable(source)
+    name = os.path.basename(source).lower()
+    suffix = ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
+    if not is_folder and suffix in (*NIFTI_SUFFIXES, *ITK_SUFFIXES):
+        return {}
+    return describe_acquisition(source, _dicom_files(source, suffix, is_folder))
 
 
 def _refuse_shear(affine: np.ndarray, resample: bool) -> None:
@@ -364,6 +376,7 @@ __all__ = [
     "list_series",
     "naming",
     "open_volume",
+    "read_acquisition",
     "read_volume",
     "remove_shear",
     "to_volume",
