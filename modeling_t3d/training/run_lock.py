@@ -125,8 +125,8 @@ class RunLock:
         refusal = RunLockError(f"{self.output_dir}: a run lives in it, {who}; {_REMEDY}")
         if record.get("released"):
             return
-        if self.machine and record.get("machine") == self.machine:
-            if _process_start(record["process"]) == record["started"] is not None:
+        if self._is_here(record):
+            if _is_alive(record):
                 raise refusal
             return
         logger.warning("%s: %s was not released by %s; waiting to see whether it lives", self.output_dir, claim, who)
@@ -136,9 +136,13 @@ class RunLock:
             record, touched_now = _look(claim)
             if record.get("released"):
                 return
-            if touched_now != touched:
+            if touched_now != touched or (self._is_here(record) and _is_alive(record)):
                 raise refusal
         logger.warning("%s: no sign of life for %g s, taken over", self.output_dir, self.stale_seconds)
+
+    def _is_here(self, record: dict[str, Any]) -> bool:
+        """Whether a holder's process can be looked for."""
+        return self.machine is not None and record.get("machine") == self.machine
 
     def _newest(self) -> int:
         """The highest number; 0 if there is none."""
@@ -189,6 +193,11 @@ def _this_machine() -> str | None:
         return None
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _is_alive(record: dict[str, Any]) -> bool:
+    """Whether a holder on this machine lives."""
+    return _process_start(record["process"]) == record["started"] is not None
 
 
 def _process_start(process: int) -> int | None:

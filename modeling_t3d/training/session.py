@@ -8,20 +8,22 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import latest_checkpoint, remove_partial
+from .checkpoints import CheckpointError, latest_checkpoint, remove_partial
 from .files import is_disk_full, write_text_atomically
 from .process_watch import ProcessWatch
-from .processes import ProcessGroup, describe_error
-from .run_lock import RunLock
+from .processes import OtherProcessError, ProcessGroup, describe_error
+from .run_lock import RunLock, RunLockError
 
 logger = logging.getLogger(__name__)
 
 _CAUSE_SECONDS = 5.0
+# Settings and volumes are refused with kinds of `ValueError`.
+_EXPECTED = (OSError, ValueError, FloatingPointError, CheckpointError, OtherProcessError, RunLockError)
 
 
 class RunSession:
@@ -84,6 +86,7 @@ class RunSession:
             cause = describe_error(error)
             self._wait_for_cause(error)
             logger.error("%s", self._last_words(cause, error))
+            error.is_reported = True  # type: ignore[attr-defined]
             self.watch.announce(cause)
             self._try_to_write_failure(cause)
             with suppress(Exception):
@@ -122,4 +125,22 @@ class RunSession:
         return f"rank {self.processes.rank} stopped at step {step}: {cause}; {remedy}"
 
 
-__all__ = ["RunSession"]
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """
+    For a script: what data, disks, settings and other processes can do to a run ends it with status 1 and one line.
+
+    Anything else is a defect and keeps its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_expected = isinstance(error, _EXPECTED) and type(error) is not ValueError
+        if not is_expected and "DataLoader worker" not in str(error):
+            raise
+        if not getattr(error, "is_reported", False):
+            print(describe_error(error), file=sys.stderr)
+        sys.exit(1)
+
+
+__all__ = ["RunSession", "errors_in_one_line"]
