@@ -76,6 +76,39 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     return tensor
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks on every rank; backward sums every rank's gradient of it."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """
+    Differentiable sum over ranks. Where every rank goes on to compute the same loss from it, the average of the ranks'
+    gradients, as data-parallel training takes it, is the gradient of that loss in one process.
+    """
+    return tensor if world_size(group) == 1 else _SumOverRanks.apply(tensor, group)
+
+
+def all_reduce_max(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Largest value over ranks, without a gradient."""
+    tensor = tensor.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 def global_mean(total: torch.Tensor, count: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """
     Mean over the anchors of all ranks, from this rank's sum and number of anchors; 0 where no rank has an anchor.
@@ -89,4 +122,13 @@ def global_mean(total: torch.Tensor, count: torch.Tensor, group: dist.ProcessGro
     return own_share + (sums[0] / global_count - own_share).detach()
 
 
-__all__ = ["all_gather", "all_reduce_sum", "gather_sizes", "global_mean", "rank", "world_size"]
+__all__ = [
+    "all_gather",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "gather_sizes",
+    "global_mean",
+    "rank",
+    "sum_over_ranks",
+    "world_size",
+]

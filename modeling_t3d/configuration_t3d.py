@@ -256,13 +256,24 @@ class T3DConfig(PreTrainedConfig):
             views, as GTGM does with its two crops [paper].
         lambda_sentences (`float`, defaults to 1.0):
             Weight of the volumes' alignment with sentences of their reports, where a batch holds any [choice].
-        tma_loss (`"supcon"`): clustering loss of the multi-view alignment [choice].
-        tma_temperature (`float`, defaults to 0.2): its temperature [habit: IMITATE].
+        tma_loss (`"supcon"`, `"swav"` or `"barlow"`, defaults to `"supcon"`): clustering loss of the multi-view
+            alignment: contrast between pairs, swapped assignments to prototypes, or decorrelation without negatives
+            [choice].
+        tma_temperature (`float`, defaults to 0.2): temperature of `"supcon"` [habit: IMITATE].
+        num_prototypes (`int`, defaults to 64): of `"swav"`; no more than a global batch has local views [choice].
+        num_frozen_prototype_batches (`int`, defaults to 313):
+            Training batches for which prototypes hold still [habit: SwAV's code].
+        swav_temperature (`float`, defaults to 0.1): of the prediction of assignments [habit: SwAV].
+        sinkhorn_epsilon (`float`, defaults to 0.05), num_sinkhorn_iterations (`int`, defaults to 3):
+            How hard the assignments are, and how evenly they share the prototypes [habit: SwAV].
+        barlow_off_diagonal_weight (`float`, defaults to 0.0051):
+            Weight of `"barlow"`'s decorrelation [paper: GTGM's code].
         tma_query (`"text"`, `"none"`, `"vision"` or `"mean"`, defaults to `"text"`): what asks the views; `"none"` is
             the control with a learnt query, `"mean"` takes each view's own embedding and asks nothing [choice].
         tma_negatives (`"same_query"` or `"own_query"`, defaults to `"same_query"`): whether a candidate view is pooled
-            with the anchor's query, which closes the leak, or with its own pair's [choice].
-        tma_negative_pairs (`int`, *optional*): score every anchor pair against this many other pairs only.
+            with the anchor's query, which closes the leak, or with its own pair's. `"supcon"` alone has negatives:
+            the others pool each view with its own pair's query, and have no cure for the leak [choice].
+        tma_negative_pairs (`int`, *optional*): score every anchor pair against this many other pairs only; `"supcon"`.
         num_tma_heads (`int`, defaults to 8): attention heads of the text-informed pooling [choice].
         tir_block_size (`int`, defaults to 16), tir_mask_ratio (`float`, defaults to 0.5), tir_noise (`float`, 0.1):
             Corruption that restoration undoes: edge of the zeroed blocks in voxels, the share of them, and the
@@ -319,8 +330,14 @@ class T3DConfig(PreTrainedConfig):
     lambda_tir: float | int = 0.0
     gca_views: Literal["volume", "local"] = "volume"
     lambda_sentences: float | int = 1.0
-    tma_loss: Literal["supcon"] = "supcon"
+    tma_loss: Literal["supcon", "swav", "barlow"] = "supcon"
     tma_temperature: float | int = 0.2
+    num_prototypes: int = 64
+    num_frozen_prototype_batches: int = 313
+    swav_temperature: float | int = 0.1
+    sinkhorn_epsilon: float | int = 0.05
+    num_sinkhorn_iterations: int = 3
+    barlow_off_diagonal_weight: float | int = 0.0051
     tma_query: Literal["text", "none", "vision", "mean"] = "text"
     tma_negatives: Literal["same_query", "own_query"] = "same_query"
     tma_negative_pairs: int | None = None
@@ -344,11 +361,10 @@ class T3DConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks that span several fields."""
-        if self.gca_temperature <= 0 or self.tma_temperature <= 0:
-            raise ValueError(
-                f"temperatures must be positive, got gca_temperature={self.gca_temperature}, "
-                f"tma_temperature={self.tma_temperature}"
-            )
+        names = ("gca_temperature", "tma_temperature", "swav_temperature", "sinkhorn_epsilon")
+        if min(getattr(self, name) for name in names) <= 0:
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+            raise ValueError(f"temperatures must be positive, got {given}")
         channels = self.vision_config.hidden_size
         if self.projection_dim % self.num_tma_heads or channels % self.num_fusion_heads:
             raise ValueError(
@@ -380,6 +396,18 @@ class T3DConfig(PreTrainedConfig):
             raise ValueError(
                 'tma_query="mean" asks nothing, so that there is no query to be the same or its own; leave '
                 "tma_negatives out"
+            )
+        if self.tma_loss != "supcon" and self.tma_negative_pairs is not None:
+            raise ValueError(
+                f'tma_negative_pairs={self.tma_negative_pairs} limits the negatives of tma_loss="supcon", and '
+                f"{self.tma_loss!r} has none: leave it out"
+            )
+        counts = (self.num_prototypes - 1, self.num_sinkhorn_iterations, self.num_frozen_prototype_batches + 1)
+        if min(counts) < 1 or self.barlow_off_diagonal_weight < 0:
+            raise ValueError(
+                "num_prototypes must be at least 2, num_sinkhorn_iterations at least 1, num_frozen_prototype_batches "
+                f"and barlow_off_diagonal_weight at least 0, got {self.num_prototypes}, {self.num_sinkhorn_iterations}, "
+                f"{self.num_frozen_prototype_batches} and {self.barlow_off_diagonal_weight}"
             )
         if not self.lambda_tir:
             return

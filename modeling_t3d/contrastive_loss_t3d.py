@@ -1,92 +1,230 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Global alignment as pure functions of embeddings, in float32 or finer, and which pairs are not negatives.
+"""Global alignment as pure functions of embeddings, in float32 or finer, a tile of logits at a time.
 
 Each loss returns a sum and a count over this rank's own anchors; `global_mean` makes them the mean over all ranks.
+Logits, masks and soft targets exist for a chunk of anchors only, and backward computes them again: memory grows with
+`pairs * chunk`, never with the square of the batch.
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from .communication_t3d import all_gather, rank
+from .pair_relations_t3d import PairIdentities, SoftTargets, at_least_float32
+
+# A tile holds about this many logits (16 MiB of float32), but never fewer anchors than matrix products like.
+_TILE_ELEMENTS = 2**22
+_MINIMUM_CHUNK = 256
 
 
-def non_negatives(
-    ids: list[tuple[torch.Tensor, torch.Tensor]], num_own: int, num_all: int, offset: int, device: torch.device
-) -> torch.Tensor:
+class _Tiles(NamedTuple):
+    """What every tile of a loss shares."""
+
+    identities: PairIdentities
+    offset: int
+    chunk_size: int
+    soft: SoftTargets | None = None
+
+    def rows(self, num_rows: int) -> Iterator[tuple[int, int]]:
+        """Bounds of the chunks of anchors."""
+        for start in range(0, num_rows, self.chunk_size):
+            yield start, min(start + self.chunk_size, num_rows)
+
+    def logits(
+        self, anchors: torch.Tensor, candidates: torch.Tensor, scale: torch.Tensor, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scaled similarities of some anchors to all candidates, and which of them are excluded."""
+        return (anchors[start:stop] * scale) @ candidates.T, self.identities.mask(start, stop)
+
+
+def _tiles(
+    identities: PairIdentities | None,
+    offset: int,
+    num_all: int,
+    chunk_size: int | None,
+    soft: SoftTargets | None = None,
+) -> _Tiles:
+    """The tiling of a batch of `num_all` pairs; `chunk_size=None` chooses."""
+    chunk_size = chunk_size or max(_MINIMUM_CHUNK, _TILE_ELEMENTS // max(num_all, 1))
+    soft = None if soft is None else soft.standardised()
+    return _Tiles(identities or PairIdentities(), offset, chunk_size, soft)
+
+
+class _Statistics(NamedTuple):
+    """What one pass over the tiles learns of each anchor: vectors as long as the anchors."""
+
+    log_sum: torch.Tensor  # log-sum-exp of its logits
+    on_target: torch.Tensor  # its logits weighed by its targets
+    target_sum: torch.Tensor | None  # the sum of its soft targets
+    is_anchor: torch.Tensor  # whether it has a negative
+
+    def losses(self) -> torch.Tensor:
+        """Cross entropy per anchor, 0 where there is no negative."""
+        return torch.where(self.is_anchor, self.log_sum - self.on_target, 0.0)
+
+
+class _OnlineLogSum:
+    """Log-sum-exp over the rows of tiles that arrive one after the other."""
+
+    def __init__(self, like: torch.Tensor):
+        # Finite, so that a column of which nothing has arrived yet does not turn into a NaN.
+        self.maximum = torch.full_like(like, torch.finfo(like.dtype).min)
+        self.sum = torch.zeros_like(like)
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Take one more tile, whose numbers are spent afterwards."""
+        maximum = torch.maximum(self.maximum, logits.amax(dim=0))
+        self.sum = self.sum * (self.maximum - maximum).exp_() + logits.sub_(maximum).exp_().sum(dim=0)
+        self.maximum = maximum
+
+    def result(self) -> torch.Tensor:
+        """What `logsumexp` of all of them is."""
+        return self.maximum + self.sum.log()
+
+
+def _row_log_sum(logits: torch.Tensor) -> torch.Tensor:
+    """`logsumexp` over the last axis; every row has a finite logit, its own pair's."""
+    maximum = logits.amax(dim=1, keepdim=True)
+    return (logits - maximum).exp_().sum(dim=1).log_() + maximum[:, 0]
+
+
+def _measure(
+    anchors: torch.Tensor, candidates: torch.Tensor, scale: torch.Tensor, tiles: _Tiles, both: bool
+) -> list[_Statistics]:
+    """Statistics of every row and, where the candidates are the other side of all pairs (`both`), of every column."""
+    log_sums, on_target, target_sums, is_anchor = [], [], [], []
+    columns = _OnlineLogSum(candidates[:, 0])
+    on_column = torch.zeros_like(candidates[:, 0])
+    for start, stop in tiles.rows(len(anchors)):
+        logits, excluded = tiles.logits(anchors, candidates, scale, start, stop)
+        own = logits.diagonal(tiles.offset + start).clone()
+        if tiles.soft is None:
+            on_target.append(own)
+        else:
+            targets = tiles.soft.tile(start, stop, tiles.offset)
+            targets = targets if excluded is None else targets.masked_fill_(excluded, 0.0)
+            target_sums.append(targets.sum(dim=1))
+            weighed = targets.mul_(logits)
+            on_target.append(weighed.sum(dim=1))
+            on_column += weighed.sum(dim=0)
+            del targets, weighed
+        if excluded is None:
+            is_anchor.append(torch.ones_like(own, dtype=torch.bool) & (len(candidates) > 1))
+        else:
+            logits.masked_fill_(excluded, -torch.inf)
+            is_anchor.append((~excluded).sum(dim=1) > 1)
+        log_sums.append(_row_log_sum(logits))
+        if both:
+            columns.add(logits)
+    row_sums = torch.cat(target_sums) if target_sums else None
+    on_row = torch.cat(on_target)
+    has_negative = torch.cat(is_anchor)
+    # Targets and masks are symmetric: a column has the sum and the negatives of its row.
+    if row_sums is not None:
+        on_row, on_column = on_row / row_sums, on_column / row_sums if both else on_column
+    else:
+        on_column = on_row
+    statistics = [_Statistics(torch.cat(log_sums), on_row, row_sums, has_negative)]
+    if both:
+        statistics.append(_Statistics(columns.result(), on_column, row_sums, has_negative))
+    return statistics
+
+
+def _differentiate(
+    anchors: torch.Tensor,
+    candidates: torch.Tensor,
+    scale: torch.Tensor,
+    tiles: _Tiles,
+    statistics: list[_Statistics],
+    by_candidates: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Gradients of half the sum of `statistics`' losses by anchors, candidates (if asked) and scale."""
+    by_anchors, of_scale = torch.empty_like(anchors), torch.zeros_like(scale)
+    of_candidates = torch.zeros_like(candidates) if by_candidates else None
+    rows, columns = statistics[0], statistics[1] if len(statistics) > 1 else None
+    weight = rows.is_anchor.to(anchors.dtype) / 2
+    for start, stop in tiles.rows(len(anchors)):
+        logits, excluded = tiles.logits(anchors, candidates, scale, start, stop)
+        if excluded is not None:
+            logits.masked_fill_(excluded, -torch.inf)
+        # d loss / d logits = weight * (softmax - targets), over the row and over the column
+        from_columns = None
+        if columns is not None:
+            from_columns = (logits - columns.log_sum).exp_().mul_(weight)
+        own_weight = weight[start:stop, None]
+        gradient = logits.sub_(rows.log_sum[start:stop, None]).exp_().mul_(own_weight)
+        if from_columns is not None:
+            gradient += from_columns
+        if tiles.soft is None:
+            gradient.diagonal(tiles.offset + start).sub_(weight[start:stop] * len(statistics))
+        else:
+            targets = tiles.soft.tile(start, stop, tiles.offset)
+            targets = targets if excluded is None else targets.masked_fill_(excluded, 0.0)
+            shares = own_weight / rows.target_sum[start:stop, None]  # type: ignore[index]
+            gradient -= targets * (shares if columns is None else shares + weight / rows.target_sum)
+        pulled = gradient @ candidates
+        of_scale += (pulled * anchors[start:stop]).sum()
+        torch.mul(pulled, scale, out=by_anchors[start:stop])
+        if of_candidates is not None:
+            of_candidates.addmm_(gradient.T, anchors[start:stop])
+    return by_anchors, None if of_candidates is None else of_candidates.mul_(scale), of_scale
+
+
+class _ContrastiveSoftmax(torch.autograd.Function):
     """
-    Which pairs are not negatives of each other although they differ: same study, or same report.
+    Half the sum of the cross entropies of this rank's images and reports, and the number of its pairs that count.
 
-    `mask[i, j] = j != offset + i and any(own[i] == every[j] >= 0 for own, every in ids)`
-
-    Args:
-        ids (`list` of two `torch.LongTensor`s of shapes `(num_own,)` and `(num_all,)`):
-            This rank's and all ranks' identities of one kind; a negative identity never matches.
-        num_own, num_all, offset (`int`): pairs of this rank, of all ranks, and before this rank's first.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_own, num_all)`.
+    In one process the two directions are rows and columns of the same logits, computed once. Over several each is
+    this rank's anchors against all candidates (`all_image`, `all_text`; `None` in one process).
     """
-    mask = torch.zeros(num_own, num_all, dtype=torch.bool, device=device)
-    for own, every in ids:
-        mask |= (own[:, None] == every[None, :]) & (own[:, None] >= 0)
-    own_index = offset + torch.arange(num_own, device=device)
-    return mask & (own_index[:, None] != torch.arange(num_all, device=device)[None, :])
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        all_image: torch.Tensor | None,
+        all_text: torch.Tensor | None,
+        scale: torch.Tensor,
+        tiles: _Tiles,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(image.device.type, enabled=False):
+            if all_image is None:
+                passes = [_measure(image, text, scale, tiles, both=True)]
+            else:
+                passes = [
+                    _measure(anchors, candidates, scale, tiles, both=False)
+                    for anchors, candidates in ((image, all_text), (text, all_image))
+                ]
+        ctx.save_for_backward(image, text, all_image, all_text, scale)
+        ctx.tiles, ctx.passes = tiles, passes
+        count = passes[0][0].is_anchor.sum()
+        ctx.mark_non_differentiable(count)
+        return sum(statistics.losses().sum() for one in passes for statistics in one) / 2, count
 
-def gathered_non_negatives(
-    study_ids: torch.Tensor | None,
-    report_ids: torch.Tensor | None,
-    sizes: list[int],
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
-) -> torch.Tensor:
-    """
-    `non_negatives` of this rank's pairs among those of all ranks, from this rank's identities.
-
-    Args:
-        study_ids, report_ids (`torch.LongTensor` of shape `(sizes[rank],)`, *optional*): given by all ranks or none.
-        sizes (`list[int]`): pairs per rank, from `gather_sizes`.
-
-    Returns:
-        `torch.BoolTensor` of shape `(sizes[rank], sum(sizes))`.
-    """
-    identities = [identity.to(device) for identity in (study_ids, report_ids) if identity is not None]
-    pairs = [(identity, all_gather(identity, sizes, group)) for identity in identities]
-    own = rank(group)
-    return non_negatives(pairs, sizes[own], sum(sizes), sum(sizes[:own]), device)
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision becomes float32; float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def soft_targets(
-    text_features: torch.Tensor, all_text_features: torch.Tensor, offset: int, *, temperature: float, rate: float
-) -> torch.Tensor:
-    """
-    Targets that own up to similar reports: `temperature * (1 - exp(-rate * max(corr(a, b), 0)))` off the diagonal,
-    1 on it. The rows are normalised to sum 1 by the loss, after its mask.
-
-    Args:
-        text_features, all_text_features (`torch.Tensor` of shapes `(own, dim)` and `(all, dim)`):
-            Report vectors; they are correlated over `dim` and get no gradient.
-        offset (`int`): pairs of the ranks before this one.
-
-    Returns:
-        `torch.Tensor` of shape `(own, all)`.
-    """
-    with torch.autocast(text_features.device.type, enabled=False):
-        own, every = (
-            nn.functional.normalize(features - features.mean(dim=-1, keepdim=True), dim=-1)
-            for features in map(_at_least_float32, (text_features.detach(), all_text_features.detach()))
-        )
-        targets = temperature * (1 - torch.exp(-rate * (own @ every.T).clamp(min=0)))
-    rows = torch.arange(len(own), device=own.device)
-    targets[rows, offset + rows] = 1.0
-    return targets
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_total: torch.Tensor, by_count: Any) -> tuple[torch.Tensor | None, ...]:
+        image, text, all_image, all_text, scale = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        with torch.autocast(image.device.type, enabled=False):
+            if all_image is None:
+                of_image, of_text, of_scale = _differentiate(image, text, scale, ctx.tiles, ctx.passes[0], needed[1])
+                of_all_image = of_all_text = None
+            else:
+                of_image, of_all_text, of_scale = _differentiate(
+                    image, all_text, scale, ctx.tiles, ctx.passes[0], needed[3]
+                )
+                of_text, of_all_image, of_scale_too = _differentiate(
+                    text, all_image, scale, ctx.tiles, ctx.passes[1], needed[2]
+                )
+                of_scale = of_scale + of_scale_too
+        gradients = (of_image, of_text, of_all_image, of_all_text, of_scale)
+        return *(None if gradient is None else gradient.mul_(by_total) for gradient in gradients), None
 
 
 def contrastive_softmax(
@@ -97,8 +235,9 @@ def contrastive_softmax(
     logit_scale: torch.Tensor,
     *,
     offset: int = 0,
-    excluded: torch.Tensor | None = None,
-    targets: torch.Tensor | None = None,
+    identities: PairIdentities | None = None,
+    soft_targets: SoftTargets | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Image-text contrast in both directions, each row a classification among all ranks' candidates.
@@ -112,33 +251,82 @@ def contrastive_softmax(
 
     Args:
         image_embeds, text_embeds (`torch.Tensor` of shape `(own, dim)`): this rank's pairs.
-        all_image_embeds, all_text_embeds (`torch.Tensor` of shape `(all, dim)`): the pairs of all ranks.
+        all_image_embeds, all_text_embeds (`torch.Tensor` of shape `(all, dim)`): the pairs of all ranks; the same
+            tensors in a single process, where the logits of one direction then serve both.
         logit_scale (`torch.Tensor`, a scalar): inverse temperature.
         offset (`int`): pairs of the ranks before this one.
-        excluded (`torch.BoolTensor` of shape `(own, all)`, *optional*): from `non_negatives`.
-        targets (`torch.Tensor` of shape `(own, all)`, *optional*): from `soft_targets`; normalised here.
+        identities (`PairIdentities`, *optional*): pairs that are not negatives of each other.
+        soft_targets (`SoftTargets`, *optional*): instead of targets on the diagonal.
+        chunk_size (`int`, *optional*): anchors per tile; by default as many as make about 4 million logits.
 
     Returns:
         The sum over this rank's anchors and their number. A pair without a single negative is no anchor.
-    """
-    rows = torch.arange(len(image_embeds), device=image_embeds.device)
-    own_column = offset + rows
-    if excluded is None:
-        excluded = torch.zeros(len(rows), len(all_text_embeds), dtype=torch.bool, device=rows.device)
-    if targets is not None:
-        targets = targets.masked_fill(excluded, 0.0)
-        targets = targets / targets.sum(dim=-1, keepdim=True)
-    losses = torch.zeros((), device=rows.device)
-    for anchors, candidates in ((image_embeds, all_text_embeds), (text_embeds, all_image_embeds)):
-        with torch.autocast(rows.device.type, enabled=False):
-            logits = logit_scale * (_at_least_float32(anchors) @ _at_least_float32(candidates).T)
-        log_probabilities = logits.masked_fill(excluded, -torch.inf).log_softmax(dim=-1)
-        if targets is None:
-            losses = losses - log_probabilities[rows, own_column] / 2
-        else:
-            losses = losses - (targets * log_probabilities.masked_fill(excluded, 0.0)).sum(dim=-1) / 2
-    is_anchor = (~excluded).sum(dim=-1) > 1
-    return torch.where(is_anchor, losses, 0.0).sum(), is_anchor.sum()
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d.contrastive_loss_t3d import contrastive_softmax
+
+    >>> image = text = torch.eye(2)
+    >>> total, count = contrastive_softmax(image, text, image, text, torch.tensor(3.0))
+    >>> round((total / count).item(), 4)  # log(1 + exp(-3))
+    0.0486
+
+    ```"""
+    one_process = all_image_embeds is image_embeds and all_text_embeds is text_embeds
+    image, text, scale = at_least_float32(image_embeds, text_embeds, logit_scale)
+    every = (None, None) if one_process else at_least_float32(all_image_embeds, all_text_embeds)
+    tiles = _tiles(identities, offset, len(all_text_embeds), chunk_size, soft_targets)
+    return _ContrastiveSoftmax.apply(image, text, *every, scale, tiles)
+
+
+class _ContrastiveSigmoid(torch.autograd.Function):
+    """The sum of the binary cross entropies of this rank's images with all reports."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: torch.Tensor,
+        all_text: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        tiles: _Tiles,
+    ) -> torch.Tensor:
+        total = torch.zeros_like(scale)
+        with torch.autocast(image.device.type, enabled=False):
+            for start, stop in tiles.rows(len(image)):
+                logits, excluded = tiles.logits(image, all_text, scale, start, stop)
+                logits += bias
+                logits.diagonal(tiles.offset + start).neg_()
+                losses = nn.functional.softplus(logits)
+                total += (losses if excluded is None else losses.masked_fill_(excluded, 0.0)).sum()
+        ctx.save_for_backward(image, all_text, scale, bias)
+        ctx.tiles = tiles
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        image, all_text, scale, bias = ctx.saved_tensors
+        tiles = ctx.tiles
+        of_image, of_text = torch.empty_like(image), torch.zeros_like(all_text)
+        of_scale, of_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+        with torch.autocast(image.device.type, enabled=False):
+            for start, stop in tiles.rows(len(image)):
+                logits, excluded = tiles.logits(image, all_text, scale, start, stop)
+                gradient = logits.add_(bias).sigmoid_()
+                # d softplus(-z) / dz = sigmoid(z) - 1
+                gradient.diagonal(tiles.offset + start).sub_(1.0)
+                if excluded is not None:
+                    gradient.masked_fill_(excluded, 0.0)
+                pulled = gradient @ all_text
+                of_scale += (pulled * image[start:stop]).sum()
+                of_bias += gradient.sum()
+                torch.mul(pulled, scale, out=of_image[start:stop])
+                of_text.addmm_(gradient.T, image[start:stop])
+        gradients = (of_image, of_text.mul_(scale), of_scale, of_bias)
+        return *(gradient.mul_(by_total) for gradient in gradients), None
 
 
 def contrastive_sigmoid(
@@ -148,7 +336,8 @@ def contrastive_sigmoid(
     logit_bias: torch.Tensor,
     *,
     offset: int = 0,
-    excluded: torch.Tensor | None = None,
+    identities: PairIdentities | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Every image-text combination as a yes-or-no question (SigLIP): summed over combinations, divided by pairs.
@@ -167,15 +356,10 @@ def contrastive_sigmoid(
     Returns:
         The sum over this rank's images and their number.
     """
-    rows = torch.arange(len(image_embeds), device=image_embeds.device)
-    with torch.autocast(rows.device.type, enabled=False):
-        logits = logit_scale * (_at_least_float32(image_embeds) @ _at_least_float32(all_text_embeds).T) + logit_bias
-    signs = torch.full_like(logits, -1.0)
-    signs[rows, offset + rows] = 1.0
-    losses = -nn.functional.logsigmoid(signs * logits)
-    if excluded is not None:
-        losses = losses.masked_fill(excluded, 0.0)
-    return losses.sum(), torch.tensor(len(rows), device=rows.device)
+    image, text, scale, bias = at_least_float32(image_embeds, all_text_embeds, logit_scale, logit_bias)
+    tiles = _tiles(identities, offset, len(text), chunk_size)
+    total = _ContrastiveSigmoid.apply(image, text, scale, bias, tiles)
+    return total, torch.tensor(len(image), device=image.device)
 
 
-__all__ = ["contrastive_sigmoid", "contrastive_softmax", "gathered_non_negatives", "non_negatives", "soft_targets"]
+__all__ = ["contrastive_sigmoid", "contrastive_softmax"]

@@ -275,4 +275,29 @@ class T3DMultiViewAlignment(nn.Module):
         return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=-2)
 
 
-__all__ = ["T3DMultiViewAlignment", "T3DProjectionHead", "T3DReports", "T3DViewFusion", "unit_norm"]
+class T3DPrototypes(nn.Module):
+    """
+    Unit-norm prototypes of the clusters that views fall into. They hold still for the first
+    `num_frozen_prototype_batches` training batches: assignments to directions that have not settled would drag them to
+    where all views are.
+    """
+
+    def __init__(self, config: T3DConfig):
+        super().__init__()
+        self.num_frozen_batches = config.num_frozen_prototype_batches
+        self.directions = nn.Embedding(config.num_prototypes, config.projection_dim)
+        # In the state, so that a resumed run and a loaded model go on where they stood.
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self) -> torch.Tensor:
+        """`(num_prototypes, projection_dim)`, normalised here: their lengths mean nothing."""
+        indices = torch.arange(self.directions.num_embeddings, device=self.directions.weight.device)
+        prototypes = unit_norm(self.directions(indices))
+        if self.training and torch.is_grad_enabled():
+            # A gradient of 0, not none: data-parallel training waits for every parameter's.
+            prototypes = torch.where(self.num_batches < self.num_frozen_batches, prototypes.detach(), prototypes)
+            self.num_batches += 1
+        return prototypes
+
+
+__all__ = ["T3DMultiViewAlignment", "T3DProjectionHead", "T3DPrototypes", "T3DReports", "T3DViewFusion", "unit_norm"]

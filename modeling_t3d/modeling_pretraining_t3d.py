@@ -13,14 +13,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .clustering_loss_t3d import chunked_multi_view_contrastive, draw_candidate_pairs, multi_view_contrastive
+from .clustering_loss_t3d import (
+    chunked_multi_view_contrastive,
+    draw_candidate_pairs,
+    redundancy_reduction,
+    swapped_prediction,
+)
 from .communication_t3d import all_gather, all_reduce_sum, gather_sizes, global_mean, rank
 from .configuration_t3d import T3DConfig
-from .contrastive_loss_t3d import gathered_non_negatives
 from .encoders_t3d import frozen_batch_norm_statistics
-from .layers_t3d import T3DMultiViewAlignment, T3DReports, unit_norm
+from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DReports, unit_norm
 from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DPairFeatures
 from .modeling_t3d import T3DModel, model_from_towers
+from .pair_relations_t3d import gather_identities
 from .pretrained_model_t3d import T3DPreTrainedModel
 from .restoration_t3d import T3DRestoration, corrupt_views, restoration_errors, restoration_loss, view_seeds
 
@@ -28,7 +33,7 @@ from .restoration_t3d import T3DRestoration, corrupt_views, restoration_errors, 
 _MAX_POOLED_ELEMENTS = 2**26
 
 # Parameters whose gradient comes from `align` alone, by the beginning of their names.
-_LOSS_STAGE = ("multi_view_alignment.", "t3d.logit_scale", "t3d.logit_bias")
+_LOSS_STAGE = ("multi_view_alignment.", "prototypes.", "t3d.logit_scale", "t3d.logit_bias")
 
 
 class T3DForPreTraining(T3DPreTrainedModel):
@@ -76,6 +81,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
         self.t3d = T3DModel(config)
         pools_views = config.lambda_tma > 0 and config.tma_query != "mean"
         self.multi_view_alignment = T3DMultiViewAlignment(config) if pools_views else None
+        has_prototypes = config.lambda_tma > 0 and config.tma_loss == "swav"
+        self.prototypes = T3DPrototypes(config) if has_prototypes else None
         self.restoration = None
         if config.lambda_tir > 0:
             self.restoration = T3DRestoration(config, self.t3d.vision_model.encoder.feature_strides[-1])
@@ -102,8 +109,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
 
     def loss_stage_parameters(self) -> list[nn.Parameter]:
         """
-        Parameters that `align` uses and `encode_pairs` does not: the pooling of views and its head, the temperature,
-        the bias. A backward pass through `encode_pairs` alone leaves them without a gradient.
+        Parameters that `align` uses and `encode_pairs` does not: the pooling of views and its head, prototypes, the
+        temperature, the bias. A backward pass through `encode_pairs` alone leaves them without a gradient.
         """
         return [parameter for name, parameter in self.named_parameters() if name.startswith(_LOSS_STAGE)]
 
@@ -298,6 +305,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 return_loss=return_loss and self._reads_volumes,
                 study_ids=features.study_ids,
                 report_ids=features.report_ids,
+                # No term reads them, and they grow with the batch's square.
+                output_logits=not (return_loss and self.training),
                 return_dict=True,
             )
         loss_gca, loss_sentences = scored.loss, None
@@ -367,14 +376,65 @@ class T3DForPreTraining(T3DPreTrainedModel):
 
     def multi_view_alignment_loss(self, features: T3DPairFeatures) -> T3DForPreTrainingOutput:
         """TMA over the views of all ranks: `loss_tma`, its counts and `local_embeds`."""
-        tokens, local_mask = features.local_tokens, features.local_mask
-        device, batch = local_mask.device, len(local_mask)
-        sizes = gather_sizes(batch, device)
+        local_mask = features.local_mask
+        sizes = gather_sizes(len(local_mask), local_mask.device)
+        num_pairs, num_views = sum(sizes), local_mask.shape[1]
+        if self.config.tma_loss == "swav":
+            if self.config.num_prototypes > num_pairs * num_views:
+                raise ValueError(
+                    f"num_prototypes={self.config.num_prototypes} prototypes cannot share the {num_pairs * num_views} "
+                    f"views of a global batch of {num_pairs} pairs: use more pairs or fewer prototypes"
+                )
+        elif num_pairs < 2:
+            what = "other pairs to correlate over" if self.config.tma_loss == "barlow" else "negatives"
+            raise ValueError(f"multi-view alignment needs {what}: the global batch holds 1 pair; use at least 2")
+        if self.config.tma_loss == "supcon":
+            own_views, (total, count, log_candidates) = self._contrast_views(features, sizes)
+        else:
+            own_views = self._pool_own_views(features)
+        if self.config.tma_loss == "swav":
+            total, count, log_candidates = swapped_prediction(
+                own_views,
+                local_mask,
+                self.prototypes(),
+                temperature=self.config.swav_temperature,
+                epsilon=self.config.sinkhorn_epsilon,
+                num_iterations=self.config.num_sinkhorn_iterations,
+            )
+        if self.config.tma_loss == "barlow":
+            loss, num_anchors = redundancy_reduction(
+                own_views, local_mask, off_diagonal_weight=self.config.barlow_off_diagonal_weight
+            )
+            num_skipped = all_reduce_sum((local_mask.sum(dim=1) < 2).sum())
+            chance = torch.full_like(loss.detach(), own_views.shape[-1] / 2)
+        else:
+            num_skipped = (local_mask.sum(dim=1) < 2).sum()
+            sums = all_reduce_sum(torch.stack([count.to(total), num_skipped.to(total), log_candidates.to(total)]))
+            loss, num_anchors, num_skipped = global_mean(total, count), sums[0].long(), sums[1].long()
+            chance = sums[2] / sums[0].clamp(min=1)
+        return T3DForPreTrainingOutput(
+            loss_tma=loss,
+            log_num_candidates=chance,
+            num_valid_anchors=num_anchors,
+            num_skipped_pairs=num_skipped,
+            local_embeds=own_views.detach(),
+        )
+
+    def _pool_own_views(self, features: T3DPairFeatures) -> torch.Tensor:
+        """Each view as its own pair's query asks: `(batch, views, projection_dim)`, of unit norm."""
+        if self.config.tma_query == "mean":
+            return unit_norm(features.local_features)
+        reports = T3DReports(features.text_features, features.report_tokens, features.report_mask)
+        return self.multi_view_alignment.pool_own_views(features.local_tokens, reports)
+
+    def _contrast_views(
+        self, features: T3DPairFeatures, sizes: list[int]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The views as their own queries pool them, and the sums of [`multi_view_contrastive`]."""
+        device, batch = features.local_mask.device, sizes[rank()]
         num_pairs, offset = sum(sizes), sum(sizes[: rank()])
-        if num_pairs < 2:
-            raise ValueError("multi-view alignment needs negatives: the global batch holds 1 pair; use at least 2")
-        excluded = gathered_non_negatives(features.study_ids, features.report_ids, sizes, device)
-        all_masks = all_gather(local_mask, sizes)
+        identities = gather_identities(features.study_ids, features.report_ids, sizes, device)
+        all_masks = all_gather(features.local_mask, sizes)
         num_negative_pairs = self.config.tma_negative_pairs
         candidates = None
         if num_negative_pairs is None or num_negative_pairs >= num_pairs - 1:
@@ -383,38 +443,34 @@ class T3DForPreTraining(T3DPreTrainedModel):
         else:
             candidates = draw_candidate_pairs(batch, num_pairs, offset, num_negative_pairs, device=device)
             own_pair = torch.zeros(batch, dtype=torch.int64, device=device)
-            view_mask, excluded = all_masks[candidates], excluded.gather(1, candidates)
+            view_mask = all_masks[candidates]
 
-        reports = T3DReports(features.text_features, features.report_tokens, features.report_mask)
-        masks = {"own_pair": own_pair, "view_mask": view_mask, "excluded": excluded}
+        def excluded(start: int, stop: int) -> torch.Tensor | None:
+            return identities.mask(start, stop, None if candidates is None else candidates[start:stop])
+
         # A learnt query is the same for every pair, and the mean asks none: whose query it is makes no difference.
         if self.config.tma_query in ("none", "mean") or self.config.tma_negatives == "own_query":
-            if self.config.tma_query == "mean":
-                own_views = unit_norm(features.local_features)
-            else:
-                own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
-            views = all_gather(own_views, sizes)
-            views = views.expand(batch, -1, -1, -1) if candidates is None else views[candidates]
-            terms = multi_view_contrastive(views, temperature=self.config.tma_temperature, **masks)
+            own_views = self._pool_own_views(features)
+            every = all_gather(own_views, sizes)
+            num_slots, size = every.shape[1:]
+            size_per_query = view_mask.shape[1] * num_slots * (4 * num_slots + (0 if candidates is None else size))
+
+            def pool(start: int, stop: int) -> torch.Tensor:
+                return every[None] if candidates is None else every[candidates[start:stop]]
+
         else:
             with torch.no_grad():
-                own_views = self.multi_view_alignment.pool_own_views(tokens, reports)
-            pool, size_per_query = self.multi_view_alignment.pooler(all_gather(tokens, sizes), reports, candidates)
-            terms = chunked_multi_view_contrastive(
-                pool,
-                chunk_size=max(1, _MAX_POOLED_ELEMENTS // size_per_query),
-                temperature=self.config.tma_temperature,
-                **masks,
-            )
-        total, count, log_candidates = terms
-        num_skipped = (local_mask.sum(dim=1) < 2).sum()
-        sums = all_reduce_sum(torch.stack([count.to(total), num_skipped.to(total), log_candidates]))
-        return T3DForPreTrainingOutput(
-            loss_tma=global_mean(total, count),
-            log_num_candidates=sums[2] / sums[0].clamp(min=1),
-            num_valid_anchors=sums[0].long(),
-            num_skipped_pairs=sums[1].long(),
-            local_embeds=own_views.detach(),
+                own_views = self._pool_own_views(features)
+            reports = T3DReports(features.text_features, features.report_tokens, features.report_mask)
+            tokens = all_gather(features.local_tokens, sizes)
+            pool, size_per_query = self.multi_view_alignment.pooler(tokens, reports, candidates)
+        return own_views, chunked_multi_view_contrastive(
+            pool,
+            own_pair,
+            view_mask,
+            excluded,
+            temperature=self.config.tma_temperature,
+            chunk_size=max(1, _MAX_POOLED_ELEMENTS // size_per_query),
         )
 
     # --- both --------------------------------------------------------------------------------------------------------

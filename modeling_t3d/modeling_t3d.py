@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .communication_t3d import all_gather, gather_sizes, global_mean, rank
 from .configuration_t3d import T3DConfig, T3DVisionConfig
-from .contrastive_loss_t3d import contrastive_sigmoid, contrastive_softmax, gathered_non_negatives, soft_targets
+from .contrastive_loss_t3d import contrastive_sigmoid, contrastive_softmax
 from .encoders_t3d import (
     T3DEncoderBlock,
     T3DViTAttention,
@@ -32,6 +32,7 @@ from .encoders_t3d import (
 )
 from .layers_t3d import T3DProjectionHead, T3DViewFusion, masked_mean, unit_norm
 from .modeling_outputs_t3d import T3DOutput, T3DVisionModelOutput
+from .pair_relations_t3d import SoftTargets, gather_identities
 from .pretrained_model_t3d import T3DPreTrainedModel
 
 
@@ -395,36 +396,37 @@ class T3DModel(T3DPreTrainedModel):
         if len(image_embeds) != len(text_embeds):
             raise ValueError(f"the loss needs one report per volume, got {len(text_embeds)} for {len(image_embeds)}")
         sizes = gather_sizes(len(image_embeds), image_embeds.device)
-        offset = sum(sizes[: rank()])
-        excluded = gathered_non_negatives(study_ids, report_ids, sizes, image_embeds.device)
+        pairs = {
+            "offset": sum(sizes[: rank()]),
+            "identities": gather_identities(study_ids, report_ids, sizes, image_embeds.device),
+        }
         all_text_embeds = all_gather(text_embeds, sizes)
         scale = self.logit_scale.exp().to(image_embeds.device)
         if self.config.contrastive_loss == "sigmoid":
             bias = self.logit_bias.to(scale.device)
-            sums = contrastive_sigmoid(image_embeds, all_text_embeds, scale, bias, offset=offset, excluded=excluded)
-            return global_mean(*sums)
+            return global_mean(*contrastive_sigmoid(image_embeds, all_text_embeds, scale, bias, **pairs))
         if sum(sizes) < 2:
             raise ValueError("contrastive learning needs negatives: the global batch holds 1 pair; use at least 2")
         targets = None
         if self.config.soft_targets:
-            targets = soft_targets(
+            targets = SoftTargets(
                 text_features,
                 all_gather(text_features.detach(), sizes),
-                offset,
                 temperature=self.config.gca_temperature,
                 rate=self.config.soft_target_rate,
             )
-        total, count = contrastive_softmax(
-            image_embeds,
-            text_embeds,
-            all_gather(image_embeds, sizes),
-            all_text_embeds,
-            scale,
-            offset=offset,
-            excluded=excluded,
-            targets=targets,
+        all_image_embeds = all_gather(image_embeds, sizes)
+        return global_mean(
+            *contrastive_softmax(
+                image_embeds,
+                text_embeds,
+                all_image_embeds,
+                all_text_embeds,
+                scale,
+                soft_targets=targets,
+                **pairs,
+            )
         )
-        return global_mean(total, count)
 
     @can_return_tuple
     def forward(

@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from .configuration_t3d import T3DConfig
 from .encoders_t3d import checkpoint_counting_once, initialize_encoder_module
-from .layers_t3d import T3DMultiViewAlignment, T3DViewFusion
+from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DViewFusion
 from .restoration_t3d import T3DRestoration
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class T3DPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, -log(self.config.gca_temperature))
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, self.config.initial_logit_bias)
+        elif isinstance(module, T3DPrototypes):
+            init.zeros_(module.num_batches)
         elif isinstance(module, T3DViewFusion):
             init.xavier_uniform_(module.position_projection.weight)
         elif isinstance(module, (T3DMultiViewAlignment, T3DRestoration)):

@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Vectors and identities of the loss tests."""
+"""Vectors, identities and dense relations of the loss tests."""
 
 import torch
 from torch import nn
 
-from modeling_t3d.contrastive_loss_t3d import gathered_non_negatives
+from modeling_t3d.pair_relations_t3d import PairIdentities
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -23,5 +23,23 @@ def identities(batch: int) -> torch.Tensor:
     return ids
 
 
-def exclude(study_ids, report_ids, batch: int) -> torch.Tensor:
-    return gathered_non_negatives(study_ids, report_ids, [batch], torch.device("cpu"))
+def relations(*kinds: torch.Tensor | None) -> PairIdentities:
+    """All pairs of a batch among each other."""
+    given = tuple(kind for kind in kinds if kind is not None)
+    return PairIdentities(given, given)
+
+
+def dense_mask(batch: int, *kinds: torch.Tensor | None) -> torch.Tensor:
+    """Which pairs share an identity, written out for the whole batch."""
+    mask = torch.zeros(batch, batch, dtype=torch.bool)
+    for i in range(batch):
+        for j in range(batch):
+            mask[i, j] = i != j and any(kind is not None and kind[i] == kind[j] >= 0 for kind in kinds)
+    return mask
+
+
+def dense_targets(texts: torch.Tensor, temperature: float, rate: float) -> torch.Tensor:
+    """Soft targets of the whole batch, not normalised."""
+    correlation = torch.corrcoef(texts)
+    targets = temperature * (1 - torch.exp(-rate * correlation.clamp(min=0)))
+    return targets.fill_diagonal_(1.0)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from loss_inputs import TOLERANCE, exclude, identities, unit
+from loss_inputs import TOLERANCE, dense_mask, identities, relations, unit
 from torch import nn
 
 from modeling_t3d.clustering_loss_t3d import (
@@ -74,7 +74,7 @@ def test_multi_view_equals_its_loop(study):
     views = nn.functional.normalize(raw, dim=-1)
     # Full, two views, one view (skipped, yet a candidate), none.
     mask = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 1, 0], [0, 0, 0]]).bool().expand(batch, -1, -1)
-    excluded = exclude(identities(batch) if study else None, None, batch)
+    excluded = dense_mask(batch, identities(batch) if study else None)
     own = torch.arange(batch)
     terms = multi_view_contrastive(views, own, mask, excluded, temperature=0.2)
     expected, count, log_candidates = loop_multi_view(views, own, mask, excluded, 0.2)
@@ -162,7 +162,7 @@ def test_chunks_of_queries_equal_one_piece(query, chunk_size):
     for size in (5, chunk_size):
         pool, _ = module.pooler(tokens, reports)
         terms = chunked_multi_view_contrastive(
-            pool, torch.arange(5), mask, exclude(identities(5), None, 5), temperature=0.2, chunk_size=size
+            pool, torch.arange(5), mask, relations(identities(5)).mask, temperature=0.2, chunk_size=size
         )
         inputs = [tokens, *module.parameters()]
         results.append((*terms, *torch.autograd.grad(terms[0], inputs, allow_unused=True)))

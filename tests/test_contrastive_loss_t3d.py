@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
-from loss_inputs import TOLERANCE, exclude, identities, unit
+from loss_inputs import TOLERANCE, dense_mask, dense_targets, identities, relations, unit
+from process_memory import allocated_peak
+from torch import nn
 
-from modeling_t3d.contrastive_loss_t3d import contrastive_sigmoid, contrastive_softmax, soft_targets
+from modeling_t3d.contrastive_loss_t3d import contrastive_sigmoid, contrastive_softmax
+from modeling_t3d.pair_relations_t3d import PairIdentities, SoftTargets
 
 
 def loop_softmax(image, text, scale, excluded, targets=None):
@@ -75,30 +78,30 @@ def test_sigmoid_of_two_orthogonal_pairs():
     assert (total / count).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_soft_targets_follow_the_formula():
-    texts = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 2.0, 1.0]], dtype=torch.float64)
-    targets = soft_targets(texts, texts, 0, temperature=0.07, rate=0.2)
-    close = 0.07 * (1 - math.exp(-0.2))  # correlation 1; the third report correlates at -1, which counts as 0
-    expected = torch.tensor([[1.0, close, 0.0], [close, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(targets, expected, **TOLERANCE)
-
-
 # --- against plain loops ---------------------------------------------------------------------------------------------
 
 
+MASKS = ["nothing", "study", "study and report", "everything"]
+
+
+def kinds(masked: str, batch: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Studies and reports of a batch."""
+    study_ids = {"nothing": None, "everything": torch.zeros(batch, dtype=torch.int64)}.get(masked, identities(batch))
+    return study_ids, identities(batch).flip(0) if masked == "study and report" else None
+
+
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("masked", ["nothing", "study", "study and report", "everything"])
+@pytest.mark.parametrize("masked", MASKS)
 def test_softmax_equals_its_loop(soft, masked):
     batch = 6
-    study_ids = {"nothing": None, "everything": torch.zeros(batch, dtype=torch.int64)}.get(masked, identities(batch))
-    report_ids = identities(batch).flip(0) if masked == "study and report" else None
-    excluded = exclude(study_ids, report_ids, batch)
+    both = kinds(masked, batch)
     parts = [unit(batch, 8, seed=seed).requires_grad_() for seed in (1, 2)]
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
-    targets = soft_targets(parts[1], parts[1], 0, temperature=0.5, rate=2.0) if soft else None
+    soft_targets = SoftTargets(parts[1], parts[1], 0.5, 2.0) if soft else None
+    targets = dense_targets(parts[1].detach(), 0.5, 2.0) if soft else None
 
-    total, count = contrastive_softmax(*parts, *parts, scale, excluded=excluded, targets=targets)
-    expected, expected_count = loop_softmax(*parts, scale, excluded, targets)
+    total, count = contrastive_softmax(*parts, *parts, scale, identities=relations(*both), soft_targets=soft_targets)
+    expected, expected_count = loop_softmax(*parts, scale, dense_mask(batch, *both), targets)
     assert count == expected_count
     if masked == "everything":
         assert total == expected == 0
@@ -110,10 +113,10 @@ def test_softmax_equals_its_loop(soft, masked):
 
 def test_sigmoid_equals_its_loop():
     batch = 5
-    excluded = exclude(identities(batch), None, batch)
+    excluded = dense_mask(batch, identities(batch))
     image, text = (unit(batch, 8, seed=seed).requires_grad_() for seed in (1, 2))
     scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (4.0, -2.0))
-    total, count = contrastive_sigmoid(image, text, scale, bias, excluded=excluded)
+    total, count = contrastive_sigmoid(image, text, scale, bias, identities=relations(identities(batch)))
     expected = 0.0
     for i in range(batch):
         for j in range(batch):
@@ -126,8 +129,136 @@ def test_sigmoid_equals_its_loop():
     torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), **TOLERANCE)
 
 
-def test_identities_exclude_symmetrically_and_never_the_own_pair():
-    study_ids = torch.tensor([3, -1, 3, -1, 4])
-    report_ids = torch.tensor([0, 1, 2, 3, 1])
-    excluded = exclude(study_ids, report_ids, 5)
-    assert excluded.nonzero().tolist() == [[0, 2], [1, 4], [2, 0], [4, 1]]
+# --- against the whole matrix ----------------------------------------------------------------------------------------
+
+
+def dense_softmax(image, text, scale, excluded, targets) -> torch.Tensor:
+    """The loss from all logits at once, by torch's own functions."""
+    logits = (scale * image @ text.T).masked_fill(excluded, -torch.inf)
+    targets = torch.eye(len(image), dtype=image.dtype) if targets is None else targets.masked_fill(excluded, 0.0)
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    rows = nn.functional.cross_entropy(logits.nan_to_num(neginf=-1e300), targets, reduction="none")
+    columns = nn.functional.cross_entropy(logits.T.nan_to_num(neginf=-1e300), targets, reduction="none")
+    return ((rows + columns) / 2)[(~excluded).sum(dim=1) > 1].sum()
+
+
+def dense_sigmoid(image, text, scale, bias, excluded) -> torch.Tensor:
+    """The loss from all logits at once, by torch's own functions."""
+    logits, targets = scale * image @ text.T + bias, torch.eye(len(image), dtype=image.dtype)
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.masked_fill(excluded, 0.0).sum()
+
+
+def assert_scaled(actual: list[torch.Tensor], expected: list[torch.Tensor], limit: float = 1e-12) -> None:
+    """Each tensor's largest error over its largest value."""
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).abs().max() <= limit * other.abs().max().clamp(min=1e-300)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 16, 64, None])
+@pytest.mark.parametrize("masked", MASKS[:3])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
+def test_tiles_of_the_softmax_equal_the_whole(chunk_size, masked, soft, scale):
+    batch = 37
+    both = kinds(masked, batch)
+    inputs = [unit(batch, 12, seed=seed).requires_grad_() for seed in (1, 2)]
+    inputs.append(torch.tensor(scale, dtype=torch.float64, requires_grad=True))
+    texts = unit(batch, 12, seed=3)
+    total, count = contrastive_softmax(
+        *inputs[:2],
+        *inputs,
+        identities=relations(*both),
+        soft_targets=SoftTargets(texts, texts, 0.5, 2.0) if soft else None,
+        chunk_size=chunk_size,
+    )
+    expected = dense_softmax(*inputs, dense_mask(batch, *both), dense_targets(texts, 0.5, 2.0) if soft else None)
+    assert count == batch
+    assert_scaled([total], [expected])
+    # Not a weight of 1: what comes down must be handed on.
+    assert_scaled(torch.autograd.grad(total * 3, inputs), torch.autograd.grad(expected * 3, inputs))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64, None])
+@pytest.mark.parametrize("masked", MASKS[:3])
+def test_tiles_of_the_sigmoid_equal_the_whole(chunk_size, masked):
+    batch = 37
+    both = kinds(masked, batch)
+    inputs = [unit(batch, 12, seed=seed).requires_grad_() for seed in (1, 2)]
+    inputs += [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (10.0, -10.0)]
+    total, _ = contrastive_sigmoid(*inputs, identities=relations(*both), chunk_size=chunk_size)
+    expected = dense_sigmoid(*inputs, dense_mask(batch, *both))
+    assert_scaled([total], [expected])
+    assert_scaled(torch.autograd.grad(total * 3, inputs), torch.autograd.grad(expected * 3, inputs))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "soft targets", "sigmoid"])
+def test_shares_of_several_ranks_sum_to_the_whole(loss):
+    """Each rank's own anchors against all candidates, with the gradients that the gather would bring home."""
+    batch, bounds = 13, [(0, 4), (4, 5), (5, 13)]
+    study_ids, texts = identities(batch), unit(batch, 12, seed=3)
+    image, text = (unit(batch, 12, seed=seed).requires_grad_() for seed in (1, 2))
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (20.0, -5.0))
+    inputs = [image, text, scale] + ([bias] if loss == "sigmoid" else [])
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for start, stop in bounds:
+        own = slice(start, stop)
+        settings = {
+            "offset": start,
+            "identities": PairIdentities((study_ids[own],), (study_ids,), start),
+            "chunk_size": 3,
+        }
+        if loss == "sigmoid":
+            share = contrastive_sigmoid(image[own], text, scale, bias, **settings)
+        else:
+            soft = SoftTargets(texts[own], texts, 0.5, 2.0) if loss == "soft targets" else None
+            share = contrastive_softmax(image[own], text[own], image, text, scale, soft_targets=soft, **settings)
+        total, count = total + share[0], count + share[1]
+    excluded = dense_mask(batch, study_ids)
+    if loss == "sigmoid":
+        expected = dense_sigmoid(*inputs, excluded)
+    else:
+        targets = dense_targets(texts, 0.5, 2.0) if loss == "soft targets" else None
+        expected = dense_softmax(*inputs, excluded, targets)
+    assert count == batch
+    assert_scaled([total], [expected])
+    assert_scaled(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_costs_no_gradient(frozen):
+    sides = [unit(6, 8, seed=seed).requires_grad_(seed != frozen) for seed in (0, 1)]
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    total, _ = contrastive_softmax(*sides, *sides, scale)
+    expected = dense_softmax(*sides, scale, dense_mask(6), None)
+    learns = sides[1 - frozen]
+    assert_scaled(torch.autograd.grad(total, learns), torch.autograd.grad(expected, learns))
+
+
+def test_half_precision_becomes_float32():
+    image, text = (unit(6, 8, seed=seed).to(torch.bfloat16).requires_grad_() for seed in (1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = contrastive_softmax(image, text, image, text, torch.tensor(10.0))
+    total.backward()
+    assert (total.dtype, image.grad.dtype) == (torch.float32, torch.bfloat16)
+    inputs = [side.detach().double().requires_grad_() for side in (image, text)]
+    expected = dense_softmax(*inputs, 10.0, dense_mask(6), None)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_scaled([image.grad.double()], torch.autograd.grad(expected, inputs[:1]), limit=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "soft targets", "sigmoid"])
+def test_memory_grows_with_the_batch_and_not_with_its_square(loss):
+    def run(batch: int) -> None:
+        image, text = (torch.randn(batch, 8).requires_grad_() for _ in range(2))
+        settings = {"identities": relations(torch.arange(batch) // 2, torch.arange(batch)), "chunk_size": 32}
+        if loss == "sigmoid":
+            total, _ = contrastive_sigmoid(image, text, torch.tensor(10.0), torch.tensor(-10.0), **settings)
+        else:
+            soft = SoftTargets(text, text, 0.1, 1.0) if loss == "soft targets" else None
+            total, _ = contrastive_softmax(image, text, image, text, torch.tensor(10.0), soft_targets=soft, **settings)
+        total.backward()
+
+    small, large = (allocated_peak(lambda batch=batch: run(batch)) for batch in (512, 2048))
+    assert large <= 4.2 * small
+    assert large < 2048**2 * 4 / 4, "a quarter of the matrix of logits"

@@ -21,7 +21,8 @@ ALLOWED = {
     "restoration_t3d": {"communication_t3d", "configuration_t3d", "counter_noise_t3d"},
     "geometry_t3d": set(),
     "communication_t3d": set(),
-    "contrastive_loss_t3d": {"communication_t3d"},
+    "pair_relations_t3d": {"communication_t3d"},
+    "contrastive_loss_t3d": {"pair_relations_t3d"},
     "clustering_loss_t3d": {"communication_t3d"},
     "encoder_blocks_t3d": {"configuration_t3d"},
     "encoders_t3d": {"configuration_t3d", "encoder_blocks_t3d"},
@@ -104,17 +105,18 @@ ALLOWED = {
         "encoders_t3d",
         "layers_t3d",
         "modeling_outputs_t3d",
+        "pair_relations_t3d",
         "pretrained_model_t3d",
     },
     "modeling_pretraining_t3d": {
         "clustering_loss_t3d",
         "communication_t3d",
         "configuration_t3d",
-        "contrastive_loss_t3d",
         "encoders_t3d",
         "layers_t3d",
         "modeling_outputs_t3d",
         "modeling_t3d",
+        "pair_relations_t3d",
         "pretrained_model_t3d",
         "restoration_t3d",
     },
@@ -200,7 +202,7 @@ def test_travelling_file_needs_torch_and_transformers_alone(path):
 
 def test_configuration_and_geometry_stay_light():
     assert not {module for _, module, _ in imports_of(PACKAGE / "configuration_t3d.py") if module.startswith("torch")}
-    losses = ("communication_t3d", "contrastive_loss_t3d", "clustering_loss_t3d")
+    losses = ("communication_t3d", "contrastive_loss_t3d", "clustering_loss_t3d", "pair_relations_t3d")
     for name in ("geometry_t3d", "volume_transforms_t3d", *losses):
         modules = {module.split(".")[0] for _, module, _ in imports_of(PACKAGE / f"{name}.py")}
         assert "transformers" not in modules, name
