@@ -12,6 +12,7 @@ that a signal stops writes a checkpoint and exits with status 75 (under a launch
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from modeling_t3d.data.augmentation import AugmentingCollator, BatchAugmentation
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
+from modeling_t3d.data.streaming import StreamingDataset
 from modeling_t3d.evaluation.encoding import evaluation_samples
 from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
 from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
@@ -122,6 +124,15 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     if data.augmentation:
         options["batch_transform"] = BatchAugmentation(**data.augmentation)
         collator = AugmentingCollator(collator, options["batch_transform"])
+    if data.streaming:
+        options["make_stream"] = partial(
+            StreamingDataset,
+            parts[0],
+            collator=collator,
+            studies=[row.study_id for row in rows],
+            study_sampling=data.study_sampling,
+            smallest_share=2,
+        )
     trainer = T3DTrainer(model, training, parts[0], collator, **options)
     rank, num_processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     for part in parts:

@@ -174,7 +174,8 @@ def describe(processor: Any) -> str:
         "with their affine",
         "axes          (z, y, x), growing towards superior, anterior, right; orientation from the affine alone",
         f"obliques      {oblique}; exactly 45 degrees is refused",
-        "tilt, shear   resampled to right angles in the same interpolation; uneven slices to even ones, or refused with their positions",
+        "tilt, shear   resampled to right angles by the one interpolation; uneven slices to even ones, or refused "
+        "with their positions",
         *_describe_values(processor),
         f"model grid    {spacing} (z y x), trilinear, {averaged}",
         f"global view   {sizes[0]} voxels: {fit}",

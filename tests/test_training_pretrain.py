@@ -19,7 +19,8 @@ from modeling_t3d import T3DConfig, T3DImageProcessor, T3DModel, T3DVisionModel
 from modeling_t3d.data.phantom_files import write_phantoms
 from modeling_t3d.data.phantom_studies import phantom_seeds
 from modeling_t3d.data.store import VolumeStore
-from modeling_t3d.training.arguments import load_configuration
+from modeling_t3d.training.arguments import ConfigurationError, load_configuration
+from modeling_t3d.training.checkpoints import CheckpointError, read_state
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "configs" / "quickstart.yaml"
@@ -123,6 +124,54 @@ def test_a_store_and_augmentation(pretrain, phantoms, tmp_path):
     assert losses[0] != losses[1], "the changed views reached the model"
     with pytest.raises(ValueError, match=r"augmentation\.noise must be 0 or more"):
         pretrain.train(settings_for(phantoms, tmp_path / "bad", "data.augmentation={noise: -1}"), resume=False)
+
+
+@pytest.mark.parametrize("study_sampling", ["together", "one"])
+def test_a_stream_stops_in_an_epoch_and_goes_on(pretrain, phantoms, tmp_path, study_sampling):
+    """Two steps and, from their checkpoint, two more are the four of one run; steps three and four end an epoch."""
+    rows = list(csv.DictReader(phantoms.read_text().splitlines()))
+    for split in ("train", "validation"):
+        for number, row in enumerate(row for row in rows if row["split"] == split):
+            row["patient_id"] = row["study_id"] = f"{split} {number // 2}"
+    manifest = phantoms.with_name(f"{study_sampling}.csv")
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    stream = ("data.streaming=true", f"data.study_sampling={study_sampling}", "training.logging_steps=1")
+    whole = settings_for(manifest, tmp_path / "whole", *stream, "training.num_train_epochs=2", "training.max_steps=4")
+    assert pretrain.train(whole, resume=False) == 0
+    parts = settings_for(manifest, tmp_path / "parts", *stream, "training.max_steps=4", "training.save_steps=1")
+
+    class Stop(Exception):
+        pass
+
+    class StoppingTrainer(pretrain.T3DTrainer):
+        def _step(self, micro_batches):
+            if self.state.step == 2:
+                raise Stop
+            return super()._step(micro_batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "T3DTrainer", StoppingTrainer)
+        with pytest.raises(Stop):
+            pretrain.train(parts, resume=False)
+    state = read_state(tmp_path / "parts/checkpoints/step-00000002")
+    assert state["run"]["order"] == {"shuffle": True, "study_sampling": study_sampling}
+    per_epoch = 1 if study_sampling == "one" else 3  # batches of two, from three studies or six volumes
+    assert [state["trainer"]["epoch"], state["trainer"]["next_batch"]] == ([1, 1] if per_epoch == 1 else [0, 2])
+    other = settings_for(manifest, tmp_path / "parts", "training.max_steps=4")
+    with pytest.raises(CheckpointError, match="the run had order="):
+        pretrain.train(other, resume=True)
+    parts.training.dataloader_num_workers = 1
+    assert pretrain.train(parts, resume=True) == 0
+    losses = []
+    for name in ("whole", "parts"):
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses.append([(line["step"], line["loss"]) for line in lines if line["kind"] == "train"])
+    assert losses[0] == losses[1]
+    with pytest.raises(ConfigurationError, match=r"set data\.streaming: true"):
+        settings_for(manifest, tmp_path, "data.study_sampling=one")
 
 
 def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path):

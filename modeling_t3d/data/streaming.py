@@ -4,8 +4,10 @@
 says exactly where it stands. What a sample holds is the data set's affair."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -100,7 +102,8 @@ class StreamingDataset(IterableDataset):
         shuffle (`bool`, defaults to `True`): another order in every epoch.
         drop_last (`bool`, defaults to `True`):
             Leave out the incomplete batch at the end. Otherwise it is shared as evenly as possible, and left out only
-            if it has no sample for some process.
+            if it has fewer than `smallest_share` samples for some process.
+        smallest_share (`int`, defaults to 1): see `drop_last`; a contrastive loss needs 2.
 
     Example:
 
@@ -131,6 +134,7 @@ class StreamingDataset(IterableDataset):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
+        smallest_share: int = 1,
     ) -> None:
         if study_sampling not in ("independent", "together", "one"):
             raise ValueError(f"study_sampling must be 'independent', 'together' or 'one', got {study_sampling!r}")
@@ -140,11 +144,14 @@ class StreamingDataset(IterableDataset):
             raise ValueError(f"no share for batch_size={batch_size}, process {process_index} of {num_processes}")
         self.dataset = dataset
         self.collator = collator
+        self.num_samples = len(dataset)
+        self.batch_size = batch_size
         self.studies = studies if studies is not None else ()
         self.plan = StreamPlan(len(dataset), batch_size * num_processes, seed, shuffle, study_sampling)
         self.num_processes = num_processes
         self.process_index = process_index
         self.drop_last = drop_last
+        self.smallest_share = smallest_share
         self.epoch = 0
         self.next_batch = 0
         # Of the worker whose own position `next_batch` is; 0 where it is that of the whole stream.
@@ -152,10 +159,35 @@ class StreamingDataset(IterableDataset):
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
+        whole, rest = divmod(self._samples_per_epoch(), self.plan.global_batch_size)
+        return whole + (not self.drop_last and rest >= self.smallest_share * self.num_processes)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the order another one beside seed, data and global batch size."""
+        return {"shuffle": self.plan.shuffle, "study_sampling": self.plan.study_sampling}
+
+    def _samples_per_epoch(self) -> int:
         one = self.plan.study_sampling == "one"
-        num_samples = len(dict.fromkeys(self.studies)) if one else self.plan.num_samples
-        whole, rest = divmod(num_samples, self.plan.global_batch_size)
-        return whole + (not self.drop_last and rest >= self.num_processes)
+        return len(dict.fromkeys(self.studies)) if one else self.plan.num_samples
+
+    def global_size(self, batch: int) -> int:
+        """Samples of a batch over all processes."""
+        step = self.plan.global_batch_size
+        return min(step, self._samples_per_epoch() - batch * step)
+
+    def batches(self, batches_per_epoch: int, num_workers: int = 0, **options: Any) -> Iterator[Any]:
+        """From where `seek` went, epoch after epoch, the first so many of each; options of [`StreamingLoader`]."""
+        return StreamingLoader(self, num_workers, **options).endless(batches_per_epoch)
+
+    def first_samples(self) -> list[int]:
+        """This process's samples of the first batch of all."""
+        return self._share(self.plan.order(0, self.studies), 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration start at the beginning of an epoch."""
@@ -219,12 +251,20 @@ class StreamingLoader:
     Args:
         dataset ([`StreamingDataset`]): the stream.
         num_workers (`int`, defaults to 0): processes that read and cut.
+        starting (callable): makes a context manager that is entered while workers start.
         options: of `torch.utils.data.DataLoader`, such as `pin_memory` or `prefetch_factor`.
     """
 
-    def __init__(self, dataset: StreamingDataset, num_workers: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: StreamingDataset,
+        num_workers: int = 0,
+        starting: Callable[[], AbstractContextManager] = nullcontext,
+        **options: Any,
+    ) -> None:
         self.dataset = dataset
         self.num_workers = num_workers
+        self.starting = starting
         self.options = options
         self._position = dataset.state_dict()
 
@@ -232,7 +272,7 @@ class StreamingLoader:
         """Batches that are left of the current epoch."""
         return len(self.dataset) - self._position["next_batch"]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         self.dataset.load_state_dict(self._position)
         loader = DataLoader(
             self.dataset,
@@ -244,10 +284,20 @@ class StreamingLoader:
             **self.options,
         )
         position = self._position
-        for batch in loader:
+        with self.starting():
+            batches = iter(loader)
+        for batch in batches:
             position = self._position = {**position, "next_batch": position["next_batch"] + 1}
             yield batch
         self._position = {**position, "epoch": position["epoch"] + 1, "next_batch": 0}
+
+    def endless(self, batches_per_epoch: int) -> Generator[Any, None, None]:
+        """Epoch after epoch; of each its first `batches_per_epoch` batches."""
+        while True:
+            epoch = self._position["epoch"]
+            with closing(iter(self)) as batches:
+                yield from islice(batches, max(0, batches_per_epoch - self._position["next_batch"]))
+            self._position = {**self._position, "epoch": epoch + 1, "next_batch": 0}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: every batch that was handed out is over."""

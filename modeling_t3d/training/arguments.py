@@ -173,6 +173,10 @@ class DataArguments:
         cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
         store (`str`, *optional*): address of a volume store in place of `cache_dir`: a folder, `s3://...` or whatever
             fsspec knows. Rows with a key need no source file.
+        streaming (`bool`, defaults to `False`): batches come from a stream whose loader processes follow the order by
+            themselves, see [`~modeling_t3d.data.streaming.StreamingDataset`]; for very large data sets.
+        study_sampling (`"independent"`, `"together"` or `"one"`): how a stream treats the reconstructions of a study:
+            wherever the order puts them, in one batch, or one of them in each epoch.
         keep_global_views (`bool`, defaults to `False`): keep global views there too, in whole HU; a step then cuts
             local views alone [choice].
         num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
@@ -192,6 +196,8 @@ class DataArguments:
     num_sentence_texts: int = 0
     cache_dir: str | None = None
     store: str | None = None
+    streaming: bool = False
+    study_sampling: Literal["independent", "together", "one"] = "independent"
     keep_global_views: bool = False
     num_preparation_workers: int = 1
     augmentation: dict[str, Any] = field(default_factory=dict)
@@ -202,6 +208,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.store is not None and self.cache_dir is not None:
             raise ConfigurationError("data.store and data.cache_dir are two places for the same volumes; set one")
+        if self.study_sampling != "independent" and not self.streaming:
+            raise ConfigurationError(
+                f"data.study_sampling={self.study_sampling} is a setting of streams; set data.streaming: true"
+            )
 
 
 @dataclass

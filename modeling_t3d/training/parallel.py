@@ -15,7 +15,7 @@ from torch import nn
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .batch_norm import prepare_batch_norm
 from .gradient_caching import TwoStageModel, accumulated_backward, cached_backward, split_pairs, withheld_loss_stage
-from .sampling import ShardedBatchSampler, stable_seed
+from .sampling import BatchStream, ShardedBatchSampler, stable_seed
 
 Batch = dict[str, torch.Tensor]
 
@@ -94,18 +94,21 @@ def step_gradients(
     )
 
 
-def refuse_shared_samples(accelerator: Accelerator, sampler: ShardedBatchSampler, fingerprint: Any = None) -> None:
+def refuse_shared_samples(
+    accelerator: Accelerator, sampler: ShardedBatchSampler | BatchStream, fingerprint: Any = None
+) -> None:
     """
     Raise, on every process, if processes would train on the same samples or on different data.
 
     Args:
         accelerator (`Accelerator`): one collective of a few numbers per process.
-        sampler ([`ShardedBatchSampler`]): its first batch is looked at; every later one is cut by the same rule.
+        sampler ([`ShardedBatchSampler`] or [`BatchStream`]): its first batch is looked at; every later one is cut by
+            the same rule.
         fingerprint (*optional*): of the data; compared as text.
     """
     if accelerator.num_processes == 1:
         return
-    samples = [key.sample for key in next(iter(sampler), [])]
+    samples = sampler.first_samples()
     data = stable_seed(sampler.num_samples, *str(fingerprint).encode())
     row = [data, *samples, *[-1] * (sampler.batch_size - len(samples))]
     rows = accelerator.gather(torch.tensor([row], device=accelerator.device)).tolist()

@@ -33,6 +33,38 @@ class KeyedDataset(Protocol):
     def __getitem__(self, key: SampleKey) -> Any: ...
 
 
+class BatchStream(Protocol):
+    """Batches in an order of the stream's own; each process takes its share of it.
+
+    Args:
+        num_samples (`int`): size of the data set.
+        batch_size (`int`): samples per process.
+    """
+
+    num_samples: int
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch."""
+
+    @property
+    def identity(self) -> Any:
+        """What else must be the same for a resumed run to see the same samples; anything JSON holds."""
+
+    def first_samples(self) -> list[int]:
+        """This process's samples of the first batch of all."""
+
+    def global_size(self, batch: int) -> int:
+        """Samples of a batch over all processes."""
+
+    def seek(self, epoch: int, next_batch: int = 0) -> None:
+        """Go to a batch of an epoch."""
+
+    def batches(self, batches_per_epoch: int, num_workers: int = 0, **options: Any) -> Iterator[Any]:
+        """From there on the batches, epoch after epoch, of each the first so many; options of a `DataLoader`."""
+
+
 class ShardedBatchSampler(Sampler[list[SampleKey]]):
     """
     Batches of one process. Every epoch is one permutation of the samples, cut into global batches, each of which is
@@ -82,6 +114,7 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
         remainder = num_samples % global_batch_size
         has_partial = not drop_last and remainder >= 2 * num_processes
         self.num_batches = num_samples // global_batch_size + has_partial
+        self.identity = None  # as a [`BatchStream`] has one: the trainer's own settings say it all
 
     def seek(self, epoch: int, first_batch: int = 0) -> None:
         """Let the next iteration start at a batch of an epoch."""
@@ -92,6 +125,10 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
         while True:
             yield from islice(iter(self), max(0, batches_per_epoch - self.first_batch))
             self.seek(self.epoch + 1)
+
+    def first_samples(self) -> list[int]:
+        """This process's samples of the next batch."""
+        return [key.sample for key in next(iter(self), [])]
 
     def global_size(self, batch: int) -> int:
         """Samples of a batch over all processes."""
@@ -126,4 +163,4 @@ def stable_seed(*parts: int) -> int:
     return state >> 1
 
 
-__all__ = ["KeyedDataset", "SampleKey", "ShardedBatchSampler", "stable_seed"]
+__all__ = ["BatchStream", "KeyedDataset", "SampleKey", "ShardedBatchSampler", "stable_seed"]

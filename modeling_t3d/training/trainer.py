@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,7 @@ from .prefetch import prefetched
 from .preflight import choose_precision, device_name, refuse_before_training
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
-from .sampling import KeyedDataset, ShardedBatchSampler, stable_seed
+from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
 from .session import RunSession
 from .state import TrainerState, TrainingResult, refuse_other_run, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
@@ -58,6 +59,9 @@ class T3DTrainer:
             Model -> metrics. Called in evaluation mode, without gradients, on every process; what it draws from
             random generators does not reach training.
         batch_transform (callable, *optional*): batch on its device -> the model's keyword arguments; training only.
+        make_stream (callable, *optional*):
+            Batch size and share (`num_processes`, `process_index`, `seed`, `drop_last`) -> the batches, in place of an
+            order of the trainer's own.
         processor (*optional*): saved with the model.
         card_facts (`dict`, *optional*): what the model card says about the data; see [`fill_model_card`].
     """
@@ -71,6 +75,7 @@ class T3DTrainer:
         *,
         evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         batch_transform: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        make_stream: Callable[..., BatchStream] | None = None,
         processor: Any = None,
         card_facts: dict[str, Any] | None = None,
     ) -> None:
@@ -91,8 +96,8 @@ class T3DTrainer:
         )
         # Dropout differs between processes; views and order come from keys.
         set_seed(stable_seed(args.seed, self.accelerator.process_index) % 2**32)
-        self.sampler = ShardedBatchSampler(
-            len(train_dataset),
+        self.is_streaming = make_stream is not None
+        self.sampler: Any = (make_stream or partial(ShardedBatchSampler, len(train_dataset)))(
             args.per_device_train_batch_size,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
@@ -225,20 +230,26 @@ class T3DTrainer:
         """This process's batches, made ahead of time; where the steps are known, no more than they take."""
         state, args = self.state, self.args
         self.sampler.seek(state.epoch, state.next_batch)
-        keys = self.sampler.endless(batches_per_epoch)
+        limit = None
         if self.total_steps is not None:
             first = state.epoch * batches_per_epoch + state.next_batch
             epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
-            keys = islice(keys, epochs * batches_per_epoch + steps * args.gradient_accumulation_steps - first)
+            limit = epochs * batches_per_epoch + steps * args.gradient_accumulation_steps - first
+        options: dict[str, Any] = {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": self.accelerator.device.type == "cuda",
+            "worker_init_fn": obey_parent_alone,
+        }
+        if self.is_streaming:
+            stream = islice(self.sampler.batches(batches_per_epoch, starting=stop_signals_held, **options), limit)
+            return (batch for batch in stream) if args.dataloader_num_workers else prefetched(stream)
         loader = DataLoader(
             cast(Dataset, self.train_dataset),
-            batch_sampler=keys,
+            batch_sampler=islice(self.sampler.endless(batches_per_epoch), limit),
             collate_fn=self.collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
             # A loader draws its workers' seed from the global generator unless it is given one.
             generator=torch.Generator(),
-            worker_init_fn=obey_parent_alone,
+            **options,
         )
         if not args.dataloader_num_workers:
             return prefetched(loader)
@@ -342,6 +353,7 @@ class T3DTrainer:
             "pairs_per_step": self.pairs_per_step,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "num_pairs": len(self.train_dataset),
+            "order": self.sampler.identity,
             "data": getattr(self.train_dataset, "fingerprint", None),
         }
 
