@@ -13,6 +13,9 @@ from modeling_t3d.clustering_loss_t3d import (
     chunked_multi_view_contrastive,
     draw_candidate_pairs,
     multi_view_contrastive,
+    redundancy_reduction,
+    sinkhorn_codes,
+    swapped_prediction,
 )
 from modeling_t3d.configuration_t3d import T3DConfig
 from modeling_t3d.layers_t3d import T3DMultiViewAlignment, T3DReports
@@ -94,6 +97,157 @@ def test_masked_views_may_hold_anything():
     own = torch.arange(2)
     first, second = (multi_view_contrastive(v, own, mask, temperature=0.2)[0] for v in (views, other))
     assert torch.equal(first, second)
+
+
+def test_views_shared_by_all_queries_equal_a_copy_for_each():
+    views = unit(4, 3, 8).requires_grad_()
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 1, 0], [1, 1, 1]]).bool().expand(4, -1, -1)
+    own = torch.arange(4)
+    shared = multi_view_contrastive(views[None], own, mask, temperature=0.2)
+    copied = multi_view_contrastive(views.expand(4, -1, -1, -1), own, mask, temperature=0.2)
+    for one, other in zip(shared, copied, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+    gradients = [torch.autograd.grad(terms[0], views)[0] for terms in (shared, copied)]
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+
+
+# --- prototypes ------------------------------------------------------------------------------------------------------
+
+
+def loop_sinkhorn(scores, mask, epsilon, num_iterations):
+    """Rows and columns divided in turn."""
+    codes = torch.exp(scores[mask] / epsilon)
+    for _ in range(num_iterations):
+        codes = codes / codes.sum(dim=0, keepdim=True) / codes.shape[1]
+        codes = codes / codes.sum(dim=1, keepdim=True) / codes.shape[0]
+    whole = torch.zeros_like(scores)
+    whole[mask] = codes / codes.sum(dim=1, keepdim=True)
+    return whole
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3, 50])
+def test_sinkhorn_equals_division_of_rows_and_columns(num_iterations):
+    scores = unit(20, 6) @ unit(5, 6, seed=1).T
+    mask = torch.arange(20) % 4 > 0
+    codes = sinkhorn_codes(scores, mask, epsilon=0.05, num_iterations=num_iterations)
+    torch.testing.assert_close(codes, loop_sinkhorn(scores, mask, 0.05, num_iterations), **TOLERANCE)
+    torch.testing.assert_close(codes.sum(dim=1), mask.double())
+    if num_iterations == 50:
+        torch.testing.assert_close(codes.sum(dim=0), torch.full((5,), 3.0, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def test_sinkhorn_neither_overflows_nor_forgets_views_in_float32():
+    """Exponents far beyond float32's: views whose scores are all low count like others."""
+    scores = unit(20, 6) @ unit(5, 6, seed=1).T
+    scores[3] -= 1.0
+    mask = torch.ones(20, dtype=torch.bool)
+    codes = sinkhorn_codes(scores.float(), mask, epsilon=0.008, num_iterations=3)
+    expected = loop_sinkhorn(scores, mask, 0.008, 3)
+    assert torch.exp(scores.float() / 0.008).isinf().any(), "the plain form would overflow"
+    torch.testing.assert_close(codes.double(), expected, rtol=1e-2, atol=1e-4)
+
+
+def loop_swapped(views, mask, prototypes, temperature, codes):
+    """View by view."""
+    total, count = 0.0, 0
+    for i in range(len(views)):
+        slots = [s for s in range(views.shape[1]) if mask[i, s]]
+        for s in slots if len(slots) > 1 else []:
+            predicted = (prototypes @ views[i, s] / temperature).log_softmax(dim=0)
+            others = [t for t in slots if t != s]
+            total = total - sum(torch.dot(codes[i, t], predicted) for t in others) / len(others)
+            count += 1
+    return total, count
+
+
+def test_swapped_prediction_equals_its_loop():
+    inputs = [unit(5, 3, 8).requires_grad_(), unit(4, 8, seed=1).requires_grad_()]
+    views, prototypes = inputs
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    total, count, log_prototypes = swapped_prediction(
+        views, mask, prototypes, temperature=0.1, epsilon=0.05, num_iterations=3
+    )
+    scores = (views @ prototypes.T).detach().flatten(0, 1)
+    codes = loop_sinkhorn(scores, mask.flatten(), 0.05, 3).view(5, 3, 4)
+    expected, expected_count = loop_swapped(views, mask, prototypes, 0.1, codes)
+    assert count == expected_count == 8
+    assert log_prototypes.item() == pytest.approx(8 * math.log(4))
+    torch.testing.assert_close(total, expected, **TOLERANCE)
+    # Of the prediction alone: assignments have no gradient.
+    torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), **TOLERANCE)
+
+
+def test_views_without_information_cannot_fall_below_log_of_the_prototypes():
+    views, prototypes = unit(1, 1, 8).expand(6, 3, -1), unit(4, 8, seed=1)
+    mask = torch.ones(6, 3, dtype=torch.bool)
+    for scale in (0.0, 1.0):
+        total, count, _ = swapped_prediction(
+            views * scale, mask, prototypes, temperature=0.1, epsilon=0.05, num_iterations=3
+        )
+        assert total / count >= math.log(4) - 1e-12
+        assert scale or (total / count).item() == pytest.approx(math.log(4))
+
+
+# --- decorrelation ---------------------------------------------------------------------------------------------------
+
+
+def loop_redundancy(views, mask, weight):
+    """Pair of slots by pair of slots, entry by entry."""
+    losses = []
+    for s in range(views.shape[1]):
+        for t in range(s + 1, views.shape[1]):
+            both = mask[:, s] & mask[:, t]
+            if both.sum() < 2:
+                continue
+            first, second = (
+                (z - z.mean(dim=0)) / (z.var(dim=0, unbiased=False) + 1e-8).sqrt()
+                for z in (views[both, s], views[both, t])
+            )
+            correlation = first.T @ second / both.sum()
+            loss = 0.0
+            for k in range(len(correlation)):
+                for m in range(len(correlation)):
+                    loss = loss + ((correlation[k, m] - 1) ** 2 if k == m else weight * correlation[k, m] ** 2)
+            losses.append(loss / 2)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_redundancy_reduction_equals_its_loop(slots):
+    views = unit(7, slots, 6).requires_grad_()
+    mask = torch.rand(7, slots, generator=torch.Generator().manual_seed(2)) < 0.8
+    loss, count = redundancy_reduction(views, mask, off_diagonal_weight=0.3)
+    expected = loop_redundancy(views, mask, 0.3)
+    assert count == sum(int(row.sum()) for row in mask if row.sum() > 1)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    gradients = [torch.autograd.grad(one, views)[0] for one in (loss, expected)]
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+    assert gradients[0][~mask].abs().max() == 0
+
+
+def test_redundancy_reduction_by_hand():
+    # Two dimensions that vary independently over four pairs, the same in both views.
+    design = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    settings = {"off_diagonal_weight": 0.5}
+    assert redundancy_reduction(torch.stack([design, design], dim=1), mask, **settings)[0].item() < 1e-12
+    # The second view has the dimensions swapped: C = [[0, 1], [1, 0]].
+    swapped = redundancy_reduction(torch.stack([design, design.flip(1)], dim=1), mask, **settings)[0]
+    assert swapped.item() == pytest.approx((1 + 1 + 0.5 * (1 + 1)) / 2)
+    # Views that are all alike correlate with nothing.
+    constant = torch.ones(4, 2, 6, dtype=torch.float64).requires_grad_()
+    loss, _ = redundancy_reduction(constant, mask, **settings)
+    assert loss.item() == pytest.approx(6 / 2)
+    assert torch.autograd.grad(loss, constant)[0].isfinite().all()
+
+
+def test_a_batch_without_two_views_of_two_pairs_has_no_redundancy():
+    views = unit(3, 2, 6).requires_grad_()
+    mask = torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()
+    loss, _ = redundancy_reduction(views, mask, off_diagonal_weight=0.1)
+    assert loss == 0
+    assert torch.autograd.grad(loss, views)[0].abs().max() == 0
+    assert redundancy_reduction(views[:, :1], mask[:, :1], off_diagonal_weight=0.1)[0] == 0
 
 
 # --- the text-informed pooling behind it -----------------------------------------------------------------------------
