@@ -28,6 +28,7 @@ _BASE_KEYS = frozenset(
         "name_or_path",
         "num_labels",
         "output_attentions",
+        "tie_word_embeddings",
         "torch_dtype",
         "use_cache",
     }

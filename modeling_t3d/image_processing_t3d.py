@@ -111,8 +111,9 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         refuse_unknown(kwargs, fields, "field")
         super().__init__(**loader)
         self._set_attributes(**kwargs)
-        if kwargs.get("spacing", 0) is None:  # None is a value of this field, not its absence
-            self.spacing = None
+        for name in ("spacing", "do_rescale", "do_normalize"):
+            if name in kwargs and kwargs[name] is None:  # None is a value of these fields, not their absence
+                setattr(self, name, None)
 
     # ------------------------------------------------------------------------------------------ settings
 

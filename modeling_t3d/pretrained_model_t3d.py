@@ -59,8 +59,6 @@ class T3DPreTrainedModel(PreTrainedModel):
         "T3DProjectionHead",
         "T3DViewFusionLayer",
     ]
-    # Bare exponents: in bfloat16 the temperature itself would be off by a fraction of a per cent.
-    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # noqa: RUF012
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Transformers treats classes outside its own tree as unsafe and would skip modules without direct parameters.

@@ -15,6 +15,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Marks of Transformers' common tests, which `test_transformers_common` imports where their sources are."""
+    for mark in ("accelerate", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_compile"):
+        config.addinivalue_line("markers", f"{mark}_test{'s' * (mark == 'accelerate')}: of Transformers")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
