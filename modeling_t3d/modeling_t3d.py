@@ -109,8 +109,10 @@ class T3DModel(T3DPreTrainedModel):
 
     ```"""
 
+    # Bare exponents: in bfloat16 the temperature itself would be off by a fraction of a per cent.
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # noqa: RUF012
     # What pre-training needs beyond the dual encoder is no news to who loads the dual encoder from its folder.
-    _keys_to_ignore_on_load_unexpected = [r"^(multi_view_alignment|restoration)\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(multi_view_alignment|prototypes|restoration)\."]  # noqa: RUF012
 
     def __init__(self, config: T3DConfig):
         super().__init__(config)
