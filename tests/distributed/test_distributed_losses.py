@@ -1,14 +1,33 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""W processes compute what one computes: values, counts and the gradient of every parameter, on uneven batches."""
+"""W processes compute what one computes: values, counts and the gradient of every parameter, on uneven batches, in
+one pass, accumulated and cached."""
 
+import itertools
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from distributed_cases import CASES, NUM_PAIRS, SIZES, build_batch, run_case, run_rank
+from distributed_cases import (
+    ACCUMULATED,
+    BATCH_NORM,
+    CASES,
+    DROPOUT,
+    NUM_PAIRS,
+    SIZES,
+    build_batch,
+    build_model,
+    freeze_batch_norm,
+    results_of,
+    run_plain,
+    run_with_graph,
+)
+from rank_process import run_rank
+from safetensors.torch import load_file
+from trainer_cases import GLOBAL_BATCH_SIZE, train
 
 WORLD_SIZES = sorted(SIZES)
 
@@ -19,43 +38,139 @@ def ranks(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp(f"world_size_{request.param}")
     # A server that has imported everything forks the ranks: quicker than spawning, and free of this process's threads.
     # It finds what it imports by the environment alone.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["distributed_cases"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["rank_process"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.start_processes(
             run_rank, args=(request.param, str(folder)), nprocs=request.param, start_method="forkserver"
         )
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"rank_{rank}.pt") | {"folder": folder} for rank in range(request.param)]
 
 
 @pytest.fixture(scope="module")
 def single_process() -> dict[str, dict]:
-    return {case: run_case(case, build_batch()) for case in CASES}
+    return {case: run_plain(**overrides) for case, overrides in CASES.items()}
+
+
+def assert_same_gradients(result: dict[str, Any], expected: dict[str, Any], limit: float = 1e-10) -> None:
+    """Error of each tensor in units of its own largest entry; where the true gradient is zero, of the model's."""
+    assert result["gradients"].keys() == expected["gradients"].keys()
+    largest = max(gradient.abs().max() for gradient in expected["gradients"].values())
+    for name, gradient in expected["gradients"].items():
+        assert result["gradients"][name] is not None, name
+        # Rounding leaves 1e-13 of the largest entry in a zero; a gradient that is not zero has at least 1e-7.
+        scale = gradient.abs().max() if gradient.abs().max() > 1e-10 * largest else largest
+        assert (result["gradients"][name] - gradient).abs().max() <= limit * scale, name
 
 
 def test_ranks_are_as_many_as_asked_and_hold_disjoint_pairs(ranks):
     assert all(rank["world_size"] == len(ranks) for rank in ranks)
-    pairs = [pair for rank in ranks for pair in rank["pairs"]]
+    assert all(rank["strategy"] == "ddp" for rank in ranks)
+    pairs = [pair for rank in ranks for pair in rank["pairs"].tolist()]
     assert sorted(pairs) == list(range(NUM_PAIRS))
 
 
+@pytest.mark.parametrize("run", ["plain", "cached"])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_counts_equal_the_single_process(ranks, single_process, case):
+def test_values_and_gradients_equal_one_loss_in_a_single_process(ranks, single_process, case, run):
+    expected = single_process[case]
+    assert any(name.startswith("t3d.vision_model") for name in expected["gradients"])
     for rank in ranks:
-        assert rank["results"][case]["terms"] == pytest.approx(single_process[case]["terms"], rel=1e-12)
+        result = rank["runs"][run][case]
+        assert result["terms"] == pytest.approx(expected["terms"], rel=1e-12)
+        assert_same_gradients(result, expected)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_gradient_equals_the_single_process(ranks, single_process, case):
-    expected = single_process[case]["gradients"]
-    assert any(name.startswith("t3d.vision_model") for name in expected)
-    largest = max(gradient.abs().max() for gradient in expected.values())
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_accumulated_gradients_are_of_the_mean_loss_of_the_global_micro_batches(ranks, case):
+    model = build_model(**CASES[case])
+    torch.manual_seed(5)
+    losses = [model(**build_batch(seed)).loss for seed in (1, 2)]
+    torch.stack(losses).mean().backward()
+    expected = results_of(model, {"loss": torch.stack(losses).mean()})
     for rank in ranks:
-        gradients = rank["results"][case]["gradients"]
-        assert gradients.keys() == expected.keys()
-        for name, gradient in gradients.items():
-            assert gradient is not None, name
-            assert (gradient - expected[name]).abs().max() <= 1e-10 * largest, name
+        result = rank["runs"]["accumulated"][case]
+        assert result["terms"]["loss"] == pytest.approx(expected["terms"]["loss"], rel=1e-12)
+        assert_same_gradients(result, expected)
+
+
+@pytest.mark.parametrize("run", ["plain", "cached"])
+def test_single_precision(ranks, run):
+    expected = run_plain(torch.float32)
+    for rank in ranks:
+        assert rank["runs"]["float32"][run]["terms"] == pytest.approx(expected["terms"], rel=1e-5)
+        assert_same_gradients(rank["runs"]["float32"][run], expected, limit=1e-5)
+
+
+def test_parameters_of_the_loss_stage_are_not_waited_for(ranks, single_process):
+    for rank in ranks:
+        assert_same_gradients(rank["runs"]["second step"]["cached"], single_process["text, same query"])
+
+
+def test_dropout_is_the_same_in_both_passes_of_cached_gradients(ranks):
+    expected = run_with_graph(len(ranks), **DROPOUT)
+    without_dropout = run_plain()
+    assert expected["terms"]["loss"] != pytest.approx(without_dropout["terms"]["loss"], rel=1e-3)
+    for rank in ranks:
+        result = rank["runs"]["dropout"]["cached"]
+        assert result["terms"]["loss"] == pytest.approx(expected["terms"]["loss"], rel=1e-12)
+        assert_same_gradients(result, expected)
+
+
+def test_frozen_batch_norm_allows_caching(ranks):
+    model = build_model(**BATCH_NORM)
+    freeze_batch_norm(model)
+    output = model(**build_batch())
+    output.loss.backward()
+    expected = results_of(model, {"loss": output.loss})
+    for rank in ranks:
+        result = rank["runs"]["frozen batch norm"]["cached"]
+        assert result["terms"]["loss"] == pytest.approx(expected["terms"]["loss"], rel=1e-12)
+        assert_same_gradients(result, expected)
+
+
+def test_trainer_refuses_batch_norm_over_parts_of_a_batch(ranks):
+    for rank in ranks:
+        refused = rank["refused"]
+        assert "training.gradient_caching cuts batches into parts" in refused["cached batch norm"]
+        assert "training.view_chunk_size cuts batches into parts" in refused["chunked batch norm"]
+        assert "training.batch_norm=frozen" in refused["cached batch norm"]
+        assert not refused["frozen batch norm"]
+        assert not refused["cached frozen batch norm"]
+        if len(ranks) == 1:
+            assert not refused["batch norm"]
+        else:
+            assert f"over {len(ranks)} processes needs synchronised statistics" in refused["batch norm"]
+
+
+def test_trainer_refuses_what_was_not_asked_for(ranks):
+    for rank in ranks:
+        refused = rank["refused"]
+        assert f"training.num_processes=3, but {len(ranks)} were started" in refused["number of processes"]
+        assert f"training.strategy=zero1, but {rank['strategy']} was started" in refused["strategy"]
+        assert not refused["right number and strategy"]
+        assert not refused["own samples"]
+        if len(ranks) > 1:
+            assert "samples twice" in refused["shared samples"]
+            assert "different training data" in refused["different data"]
+
+
+def test_trainer_that_caches_ends_where_one_batch_in_one_process_ends(ranks, tmp_path):
+    seen = train(tmp_path, 1)
+    assert len(seen) == 2 * GLOBAL_BATCH_SIZE
+    seen_by_ranks = [rank["trained"] for rank in ranks]
+    assert sorted(sample for samples in seen_by_ranks for sample in samples) == sorted(seen)
+    for samples, others in itertools.permutations(seen_by_ranks, 2):
+        half = len(samples) // 2
+        assert not set(samples[:half]) & set(others[:half])
+        assert not set(samples[half:]) & set(others[half:])
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    weights = load_file(ranks[0]["folder"] / "cached" / "model" / "model.safetensors")
+    initial = build_model(learnable_temperature=True).state_dict()
+    for name, value in expected.items():
+        assert (weights[name] - value).abs().max() <= 1e-10 * value.abs().max().clamp(min=1), name
+    for name in ("t3d.logit_scale", "t3d.vision_model.encoder.conv1.weight"):
+        assert (expected[name] - initial[name]).abs().max() > 1e-4, name
 
 
 def test_single_process_counts_are_those_of_the_batch(single_process):
