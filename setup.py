@@ -20,6 +20,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=16.0"],
     "cluster": ["dask[distributed]>=2024.8", "tqdm>=4.66"],
     "train": ["tensorboard>=2.16", "pyyaml>=6.0", "tqdm>=4.66"],
+    # Experiment trackers beside tensorboard; part of no other extra.
+    "track": ["trackio>=0.2", "wandb>=0.19"],
     "eval": ["matplotlib>=3.8", "scikit-learn>=1.4"],
     "dev": [
         "pytest>=8.0",
@@ -34,7 +36,9 @@ EXTRAS = {
         "pylibjpeg-openjpeg>=2.0",
     ],
 }
-EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "dev" for requirement in extra})
+EXTRAS["all"] = sorted(
+    {requirement for name, extra in EXTRAS.items() if name not in ("dev", "track") for requirement in extra}
+)
 
 setup(
     name="modeling_t3d",

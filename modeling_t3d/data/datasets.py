@@ -146,6 +146,11 @@ class PretrainingDataset(Dataset):
             digest.update(f"{row.volume.name}\0{row.report}\0{row.full_report}\0{row.study_id}\0".encode())
         return digest.hexdigest()
 
+    @property
+    def row_numbers(self) -> list[int]:
+        """Rows of the manifest, by which a message names samples: nothing in them identifies a person."""
+        return [row.number for row in self.rows]
+
     def prepared(self, index: int) -> PreparedVolume:
         """The prepared volume of a row."""
         row = self.rows[index]

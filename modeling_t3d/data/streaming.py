@@ -187,7 +187,12 @@ class StreamingDataset(IterableDataset):
 
     def first_samples(self) -> list[int]:
         """This process's samples of the first batch of all."""
-        return self._share(self.plan.order(0, self.studies), 0)
+        return self.samples(0, range(1))
+
+    def samples(self, epoch: int, batches: range) -> list[int]:
+        """This process's samples of some batches of an epoch."""
+        order = self.plan.order(epoch, self.studies)
+        return [sample for batch in batches for sample in self._share(order, batch)]
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration start at the beginning of an epoch."""

@@ -51,12 +51,27 @@ class T3DTrainingArguments:
             Peak rates of the parameters below `vision_model`, below `text_model`, and of all others.
         min_learning_rate (`float`, defaults to 1e-6): where the cosine ends.
         warmup_ratio (`float`, defaults to 0.05): share of the run in which the rates rise linearly.
-        weight_decay (`float`, defaults to 0.05): not on biases, norms and the temperature.
+        weight_decay (`float`, defaults to 0.05): not on biases, norms, temperature, learnt positions and prototypes.
         adam_beta1, adam_beta2, adam_epsilon (`float`): AdamW's 0.9, 0.999, 1e-8.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are clipped to this norm; `None` clips nothing.
-        mixed_precision (`"auto"`, `"bf16"` or `"no"`, defaults to `"auto"`): `"auto"` is bf16 on CUDA devices and CPUs
-            that compute in it and full precision elsewhere.
+        mixed_precision (`"auto"`, `"bf16"`, `"fp16"` or `"no"`, defaults to `"auto"`):
+            `"auto"` is bf16 on CUDA devices and CPUs that compute in it, and full precision elsewhere. fp16 scales
+            gradients, leaves out and counts the steps that overflow, and needs a CUDA device.
         activation_checkpointing (`bool`, defaults to `False`): recompute the blocks in the backward pass.
+        activation_checkpointing_stages (`list[str]`):
+            Only below these modules, such as `["layer1", "layer2"]`, whose maps are large; all blocks by default.
+        compile_encoder (`bool`, defaults to `False`): `torch.compile` the vision encoder, once for every size of view.
+        memory_format (`"contiguous"` or `"channels_last"`, defaults to `"contiguous"`):
+            How 3D weights and feature maps lie in memory; which is faster, benchmarks/training.md tells.
+        frozen_vision_layers (`int`, defaults to 0): stages of the vision encoder, from the views on, that stay as
+            loaded; the text tower's are `num_frozen_text_layers` of the model's configuration.
+        frozen_parameters (`list[str]`): beginnings of names of further parameters that stay as loaded.
+        ema_decay (`float`, *optional*):
+            Keep an exponential moving average of the weights, such as 0.999. It is validated, and is what the saved
+            model consists of; checkpoints hold the weights, and the average beside them.
+        non_finite (`"stop"` or `"skip"`, defaults to `"stop"`): what a loss or gradient that is not finite does: stop
+            the run, or leave the step out.
+        max_skipped_steps (`int`, defaults to 10): so many steps left out in a row, and the run stops all the same.
         num_processes (`int`, *optional*):
             How many processes the run must have; another count is refused before the first step. Some launchers
             start one process where several were asked for.
@@ -71,11 +86,14 @@ class T3DTrainingArguments:
         metric_for_best_model (`str`, *optional*):
             A metric of the validation; the checkpoint where it was best is kept besides, and written if none was due.
         greater_is_better (`bool`, defaults to `True`): whether a greater one is better; `false` for losses.
+        early_stopping_patience (`int`, *optional*):
+            End the run after so many validations in a row in which that metric was never better.
         max_hours (`float`, *optional*):
             Hours from the start of the process after which it writes a checkpoint and exits with status 75, to be
             resumed: less than a scheduler grants, by the time of a step, a validation and a checkpoint. The schedule
             of learning rates does not know it.
         trackers (`list[str]`, defaults to `["tensorboard"]`): Accelerate's names of experiment trackers.
+        plot (`bool`, defaults to `True`): draw losses and metrics beside the checkpoints when one is written.
         seed (`int`, defaults to 42): order of the pairs, views and dropout.
     """
 
@@ -101,8 +119,16 @@ class T3DTrainingArguments:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
-    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     activation_checkpointing: bool = False
+    activation_checkpointing_stages: list[str] = field(default_factory=list)
+    compile_encoder: bool = False
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    frozen_vision_layers: int = 0
+    frozen_parameters: list[str] = field(default_factory=list)
+    ema_decay: float | None = None
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped_steps: int = 10
     num_processes: int | None = None
     strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] | None = None
     use_cpu: bool = False
@@ -113,8 +139,10 @@ class T3DTrainingArguments:
     save_total_limit: int | None = 2
     metric_for_best_model: str | None = None
     greater_is_better: bool = True
+    early_stopping_patience: int | None = None
     max_hours: float | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    plot: bool = True
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -132,7 +160,9 @@ class T3DTrainingArguments:
             "eval_steps",
             "save_steps",
             "save_total_limit",
+            "early_stopping_patience",
             "max_hours",
+            "max_skipped_steps",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -146,9 +176,18 @@ class T3DTrainingArguments:
             )
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigurationError(f"training.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
-        if self.dataloader_num_workers < 0:
+        for name in ("dataloader_num_workers", "frozen_vision_layers"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"training.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigurationError(f"training.ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        if self.activation_checkpointing_stages and not self.activation_checkpointing:
             raise ConfigurationError(
-                f"training.dataloader_num_workers must be 0 or more, got {self.dataloader_num_workers}"
+                "training.activation_checkpointing_stages needs training.activation_checkpointing=true"
+            )
+        if self.early_stopping_patience is not None and (self.metric_for_best_model is None or not self.eval_steps):
+            raise ConfigurationError(
+                "training.early_stopping_patience needs training.metric_for_best_model and training.eval_steps"
             )
 
     def to_dict(self) -> dict[str, Any]:

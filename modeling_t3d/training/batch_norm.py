@@ -51,11 +51,12 @@ def prepare_batch_norm(
 
 
 def training_mode(model: nn.Module, args: T3DTrainingArguments) -> None:
-    """Training mode, except for batch norms whose statistics are frozen."""
+    """Training mode, except for batch norms whose statistics, or whose parameters, are frozen."""
     model.train()
-    if args.batch_norm == "frozen":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            is_frozen = module.weight is not None and not module.weight.requires_grad
+            if args.batch_norm == "frozen" or is_frozen:
                 module.eval()
 
 

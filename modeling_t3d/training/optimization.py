@@ -10,13 +10,16 @@ from transformers import PreTrainedModel
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 
+# Of matrices that place or scale something, and are no map from one space to another.
+_NOT_DECAYED = ("position_embeddings", "prototypes")
+
 
 def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]:
     """
     Trainable parameters by tower and by whether weight decay applies, in the model's order.
 
     Below `vision_model` and `text_model` the towers' rates hold, elsewhere the heads'. Vectors and scalars (biases,
-    norms, temperature) are not decayed.
+    norms, temperature), learnt positions and prototypes are not decayed.
     """
     rates = {
         "vision": args.vision_learning_rate,
@@ -29,7 +32,8 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
             continue
         parts = name.split(".")
         tower = "vision" if "vision_model" in parts else "text" if "text_model" in parts else "heads"
-        groups.setdefault((tower, parameter.ndim > 1), []).append(parameter)
+        is_decayed = parameter.ndim > 1 and not any(part.endswith(_NOT_DECAYED) for part in parts)
+        groups.setdefault((tower, is_decayed), []).append(parameter)
     if not groups:
         raise ConfigurationError("the model has no trainable parameter; freeze less")
     return [

@@ -2,11 +2,16 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """What is decided or refused before the first step: processes, batch, precision."""
 
+from importlib.util import find_spec
+
 import torch
 from accelerate import Accelerator
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .parallel import running_strategy
+
+# Name of a tracker -> the extra that installs it.
+_TRACKER_EXTRAS = {"tensorboard": "train", "trackio": "track", "wandb": "track"}
 
 
 def refuse_before_training(
@@ -37,6 +42,10 @@ def refuse_before_training(
         raise ConfigurationError(
             f"this trainer runs alone or data-parallel, not as {strategy}; change the Accelerate configuration"
         )
+    if args.ema_decay is not None and strategy not in ("single", "ddp"):
+        raise ConfigurationError(
+            f"training.ema_decay averages whole weights, which {strategy} has spread; leave it out or launch as ddp"
+        )
     pairs_per_loss = args.per_device_train_batch_size * world_size
     if args.gradient_caching:
         pairs_per_loss *= args.gradient_accumulation_steps
@@ -52,8 +61,24 @@ def refuse_before_training(
         )
 
 
+def refuse_missing_trackers(trackers: list[str]) -> None:
+    """Raise if an experiment tracker is unknown or not installed, which Accelerate would leave out in silence."""
+    for name in trackers:
+        if name not in _TRACKER_EXTRAS:
+            raise ConfigurationError(f"training.trackers: {name!r} is none of {', '.join(_TRACKER_EXTRAS)}")
+        if find_spec(name) is None:
+            raise ConfigurationError(
+                f"training.trackers: {name} is not installed; pip install 'modeling_t3d[{_TRACKER_EXTRAS[name]}]', or "
+                "leave it out"
+            )
+
+
 def choose_precision(args: T3DTrainingArguments) -> str:
     """Accelerate's name of the precision that the settings come to on this machine."""
+    if args.mixed_precision == "fp16" and (args.use_cpu or not torch.accelerator.is_available()):
+        raise ConfigurationError(
+            "training.mixed_precision=fp16 needs a CUDA device; CPUs train in bf16 or with mixed_precision=no"
+        )
     if args.mixed_precision != "auto":
         return args.mixed_precision
     if torch.cuda.is_available() and not args.use_cpu:
@@ -66,4 +91,4 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-__all__ = ["choose_precision", "device_name", "refuse_before_training"]
+__all__ = ["choose_precision", "device_name", "refuse_before_training", "refuse_missing_trackers"]

@@ -5,6 +5,8 @@
 import json
 import logging
 import math
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,19 @@ class StepMeter:
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def pop(self) -> dict[str, float]:
+    def pop(self, progress: float) -> dict[str, float]:
         """
-        Means over steps and processes, and the pace; starts anew. The one place where training waits for the device.
+        Means over steps and processes, pace and memory; starts anew. Steps that were left out have no part in means.
 
         A value that is not finite raises: this stands before every checkpoint.
+
+        Args:
+            progress (`float`): share of the run that is over.
         """
-        means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
-        values = dict(zip(self._sums, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+        values: dict[str, float] = {}
+        if self._sums:
+            means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
+            values = dict(zip(self._sums, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -64,9 +71,50 @@ class StepMeter:
         seconds = max(self.state.elapsed_seconds - self._seconds_before, 1e-9)
         values["volumes_per_second"] = (self.state.num_volumes - self._volumes_before) / seconds
         values["data_wait_share"] = self._wait_seconds / seconds
+        values["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        values["remaining_minutes"] = self.state.elapsed_seconds / 60 * (1 - progress) / max(progress, 1e-9)
+        values["skipped_steps"] = self.state.skipped_steps
         values["epoch"] = self.state.num_volumes / self.num_samples
         self._start_anew()
         return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that a run has needed so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes if sys.platform == "darwin" else kibibytes * 1024
+
+
+def describe(values: dict[str, float]) -> str:
+    """
+    Numbers of a log line for people: the loss and its terms, the pace, what it waits for, memory, and when it ends.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.training.progress import describe
+
+    >>> describe({"loss": 3.25, "loss_gca": 3.0, "volumes_per_second": 51.2, "data_wait_share": 0.014})
+    'loss 3.25 (gca 3) | 51.2 volumes/s | data wait 1.4 %'
+
+    ```"""
+    terms = [f"{name[5:]} {value:.4g}" for name, value in values.items() if name.startswith("loss_")]
+    parts = {
+        "loss": "loss {:.4g}" + (f" ({', '.join(terms)})" if terms else ""),
+        "grad_norm": "gradient {:.3g}",
+        "learning_rate": "rate {:.2g}",
+        "volumes_per_second": "{:.3g} volumes/s",
+        "data_wait_share": "data wait {:.1%}",
+        "peak_memory_gib": "{:.1f} GiB",
+        "remaining_minutes": "{:.0f} min left",
+        "epoch": "epoch {:.2f}",
+    }
+    described = [text.format(values[name]).replace("%", " %") for name, text in parts.items() if name in values]
+    if values.get("skipped_steps"):
+        described.append(f"{values['skipped_steps']:.0f} steps left out")
+    return " | ".join(described)
 
 
 class ProgressReporter:
@@ -120,7 +168,10 @@ class ProgressReporter:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if kind == "train":
+            text = describe(values)
+        else:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if kind == "train" and not self.bar.disable:
             self.bar.set_postfix_str(text)
         else:

@@ -55,6 +55,9 @@ class BatchStream(Protocol):
     def first_samples(self) -> list[int]:
         """This process's samples of the first batch of all."""
 
+    def samples(self, epoch: int, batches: range) -> list[int]:
+        """This process's samples of some batches of an epoch."""
+
     def global_size(self, batch: int) -> int:
         """Samples of a batch over all processes."""
 
@@ -130,6 +133,10 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
         """This process's samples of the next batch."""
         return [key.sample for key in next(iter(self), [])]
 
+    def samples(self, epoch: int, batches: range) -> list[int]:
+        """This process's samples of some batches of an epoch."""
+        return [key.sample for share in self.keys(epoch, batches) for key in share]
+
     def global_size(self, batch: int) -> int:
         """Samples of a batch over all processes."""
         step = self.batch_size * self.num_processes
@@ -138,17 +145,21 @@ class ShardedBatchSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def keys(self, epoch: int, batches: range) -> Iterator[list[SampleKey]]:
+        """This process's shares of some batches of an epoch; where `seek` went does not matter."""
         order = list(range(self.num_samples))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(stable_seed(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch))
             order = torch.randperm(self.num_samples, generator=generator).tolist()
-        epoch, step = self.epoch, self.batch_size * self.num_processes
-        for batch in range(self.first_batch, self.num_batches):
+        step = self.batch_size * self.num_processes
+        for batch in batches:
             members = order[batch * step : (batch + 1) * step]
             bounds = [len(members) * rank // self.num_processes for rank in range(self.num_processes + 1)]
             share = members[bounds[self.process_index] : bounds[self.process_index + 1]]
             yield [SampleKey(epoch, batch, sample) for sample in share]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return self.keys(self.epoch, range(self.first_batch, self.num_batches))
 
 
 def stable_seed(*parts: int) -> int:

@@ -30,6 +30,8 @@ class TrainerState:
         evaluated_step (`int`, *optional*): when the model was last validated.
         best_step (`int`, *optional*), best_metric (`float`, *optional*): when the metric that chooses the best
             checkpoint was best, and what it was.
+        num_validations_without_gain (`int`): how many there were since.
+        skipped_steps (`int`): steps that were left out because a loss or gradient was not finite.
     """
 
     step: int = 0
@@ -40,6 +42,8 @@ class TrainerState:
     evaluated_step: int | None = None
     best_step: int | None = None
     best_metric: float | None = None
+    num_validations_without_gain: int = 0
+    skipped_steps: int = 0
 
     def note_metrics(self, metrics: dict[str, float], name: str | None, greater_is_better: bool) -> bool:
         """
@@ -60,7 +64,9 @@ class TrainerState:
         if self.best_metric is not None and not (
             value > self.best_metric if greater_is_better else value < self.best_metric
         ):
+            self.num_validations_without_gain += 1
             return False
+        self.num_validations_without_gain = 0
         self.best_step, self.best_metric = self.step, value
         return True
 

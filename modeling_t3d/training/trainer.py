@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from .arguments import ConfigurationError, T3DTrainingArguments
+from .averaging import WeightAverage
 from .batch_norm import training_mode
 from .checkpoints import (
     Stateful,
@@ -31,11 +32,13 @@ from .checkpoints import (
     restore_random_state,
     write_checkpoint,
 )
+from .guard import NonFiniteGuard
 from .model_card import fill_model_card
+from .model_setup import set_up_model
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
 from .prefetch import prefetched
-from .preflight import choose_precision, device_name, refuse_before_training
+from .preflight import choose_precision, device_name, refuse_before_training, refuse_missing_trackers
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
@@ -87,6 +90,7 @@ class T3DTrainer:
         self.batch_transform = batch_transform or dict
         self.processor = processor
         self.card_facts = card_facts or {}
+        refuse_missing_trackers(args.trackers)
         self.accelerator = Accelerator(
             cpu=args.use_cpu or not torch.accelerator.is_available(),
             mixed_precision=choose_precision(args),
@@ -106,8 +110,7 @@ class T3DTrainer:
         )
         refuse_before_training(self.accelerator, args, len(train_dataset), self.steps_per_epoch)
         refuse_shared_samples(self.accelerator, self.sampler, getattr(train_dataset, "fingerprint", None))
-        if args.activation_checkpointing:
-            model.activation_checkpointing_enable()
+        set_up_model(model, args)
         self.model = wrap_model(self.accelerator, model, args)
         self.unwrapped_model = self.accelerator.unwrap_model(self.model)
         self.optimizer = torch.optim.AdamW(
@@ -119,7 +122,12 @@ class T3DTrainer:
         self.metrics: dict[str, float] = {}
         # What is saved and resumed besides, by name.
         self.extra_state: dict[str, Stateful] = {"scaler": self.accelerator.scaler} if self.accelerator.scaler else {}
+        self.average = None
+        if args.ema_decay is not None:
+            self.average = self.extra_state["average"] = WeightAverage(self.unwrapped_model, args.ema_decay)
         self.processes = ProcessGroup()
+        row_numbers = getattr(train_dataset, "row_numbers", None)
+        self.guard = NonFiniteGuard(self.unwrapped_model, args, self.processes, row_numbers)
         self.session = RunSession(self.output_dir, self.processes, lambda: asdict(self.state))
         self.deadline = None if args.max_hours is None else time.monotonic() + 3600 * args.max_hours
 
@@ -147,7 +155,10 @@ class T3DTrainer:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is over: of the steps, or of the minutes, whichever is further."""
+        """Share of the run that is over, of its steps or its minutes, whichever is further; 1 if it stops early."""
+        patience = self.args.early_stopping_patience
+        if patience is not None and self.state.num_validations_without_gain >= patience:
+            return 1.0
         shares = [0.0]
         if self.total_steps is not None:
             shares.append(self.state.step / self.total_steps)
@@ -202,7 +213,9 @@ class T3DTrainer:
                 is_save_due = interrupted or is_last or _is_multiple(state.step, args.save_steps)
                 if is_save_due or is_evaluation_due or _is_multiple(state.step, args.logging_steps):
                     self.session.check()
-                    reporter.log(state.step, meter.pop() | {"learning_rate": self.optimizer.param_groups[0]["lr"]})
+                    reporter.log(
+                        state.step, meter.pop(self.progress) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+                    )
                 if is_evaluation_due:
                     is_save_due |= self._evaluate(reporter)
                 if is_save_due:
@@ -260,11 +273,14 @@ class T3DTrainer:
 
     def _step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """One optimiser step; returns the scalars of the model's output, those of micro-batches averaged."""
-        args, state = self.args, self.state
+        args, state, scaler = self.args, self.state, self.accelerator.scaler
+        done = range(state.next_batch - len(micro_batches), state.next_batch)
+        self.guard.remember()
         terms = step_gradients(self.accelerator, self.model, micro_batches, args, self.batch_transform)
-        parameters = self.unwrapped_model.parameters()
-        limit = math.inf if args.max_grad_norm is None else args.max_grad_norm
-        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.unwrapped_model.parameters() if parameter.grad is not None]
+        terms["grad_norm"] = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         # The first step already moves: a step-driven schedule counts the step that is being taken.
         progress = (
             self.progress if self.total_steps is None else max(self.progress, (state.step + 1) / self.total_steps)
@@ -273,11 +289,22 @@ class T3DTrainer:
             group["lr"] = learning_rate(
                 group["peak_lr"], progress, minimum=args.min_learning_rate, warmup_ratio=args.warmup_ratio
             )
-        self.optimizer.step()
+        if self.guard.admits(
+            terms, state.step + 1, lambda: self.sampler.samples(state.epoch, done), scaler is not None
+        ):
+            if args.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, terms["grad_norm"])
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+            if self.average is not None:
+                self.average.update()
+        else:
+            state.skipped_steps += 1
+            terms = {}
+        if scaler is not None:
+            scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         clamp_logit_scale(self.unwrapped_model)
         state.step += 1
-        done = range(state.next_batch - len(micro_batches), state.next_batch)
         state.num_volumes += sum(self.sampler.global_size(batch) for batch in done)
         return terms
 
@@ -292,13 +319,17 @@ class T3DTrainer:
         heard, self.state.elapsed_seconds = self.accelerator.reduce(message, reduction="sum").tolist()
         return heard > 0
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Within it, the model has its averaged weights, where they are kept."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
         """Evaluation mode, no gradients, and random generators as they were afterwards."""
         before = random_state()
         self.unwrapped_model.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with self._averaged(), torch.no_grad(), self.accelerator.autocast():
                 yield
         finally:
             training_mode(self.unwrapped_model, self.args)
@@ -413,9 +444,9 @@ class T3DTrainer:
             run=run,
             **self.card_facts,
         )
-        return save_model_folder(
-            self.output_dir / "model", self.unwrapped_model, self.processor, card, self.processes, self.session.check
-        )
+        folder, check = self.output_dir / "model", self.session.check
+        with self._averaged():
+            return save_model_folder(folder, self.unwrapped_model, self.processor, card, self.processes, check)
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:

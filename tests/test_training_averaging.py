@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Averaged weights are those of the definition, are validated, saved and resumed, and leave training alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_stub import build_trainer
+
+from modeling_t3d.training.averaging import WeightAverage
+from modeling_t3d.training.checkpoints import CheckpointError
+
+
+def test_equals_the_definition():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    average, expected = WeightAverage(model, 0.6), model.weight.detach().clone()
+    for step in range(8):
+        model.weight.data += torch.randn(2, 3)
+        average.update()
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    weights, bias = model.weight.detach().clone(), model.bias.clone()
+    with average.applied():
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert torch.equal(model.bias, bias)
+    assert torch.equal(model.weight, weights)
+    with pytest.raises(RuntimeError, match="stop"), average.applied():
+        raise RuntimeError("stop")
+    assert torch.equal(model.weight, weights), "also when something fails"
+
+
+def test_the_saved_and_validated_model_is_the_average(tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(model.projection.weight.detach().clone())
+        return {}
+
+    trainer = build_trainer(tmp_path / "averaged", ema_decay=0.9, evaluate=evaluate)
+    result = trainer.train()
+    plain = build_trainer(tmp_path / "plain")
+    plain.train()
+    for name, value in plain.unwrapped_model.state_dict().items():
+        assert torch.equal(value, trainer.unwrapped_model.state_dict()[name]), "training is that of the run without"
+    saved = load_file(result.model_dir / "model.safetensors")
+    averages = trainer.average.state_dict()["averages"]
+    for name, value in averages.items():
+        assert torch.equal(saved[name], value)
+    assert torch.equal(seen[-1], averages["projection.weight"])
+    assert not torch.equal(saved["projection.weight"], plain.unwrapped_model.projection.weight)
+
+
+def test_resumes(tmp_path):
+    build_trainer(tmp_path / "whole", ema_decay=0.9).train()
+    build_trainer(tmp_path / "parts", ema_decay=0.9, max_steps=8).train()
+    resumed = build_trainer(tmp_path / "parts", ema_decay=0.9)
+    resumed.train(resume=True)
+    # The schedule of the first part was shorter: what must be equal is what a resumed run begins with.
+    assert resumed.average.num_updates == 12
+    again = build_trainer(tmp_path / "parts", ema_decay=0.9)
+    again._resume()
+    for name, value in resumed.average.state_dict()["averages"].items():
+        assert torch.equal(again.average.state_dict()["averages"][name], value)
+    build_trainer(tmp_path / "without").train()
+    with pytest.raises(CheckpointError, match="holds no average"):
+        build_trainer(tmp_path / "without", ema_decay=0.9).train(resume=True)
