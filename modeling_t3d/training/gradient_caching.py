@@ -175,11 +175,11 @@ def cached_backward(
             names = [name for name, gradient in own.items() if gradient is not None and encoded[name].requires_grad]
             torch.autograd.backward([encoded[name] for name in names], [own[name] for name in names])
     restore_random_state(after_loss)
-    _add_averaged(parameters, of_loss_stage)
+    add_averaged(parameters, of_loss_stage)
     return terms
 
 
-def _add_averaged(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
+def add_averaged(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
     """
     Add gradients, averaged over processes, to those of the parameters; one collective per data type. What no process
     used keeps no gradient, as in data-parallel training.
@@ -208,6 +208,7 @@ def _add_averaged(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.
 __all__ = [
     "TwoStageModel",
     "accumulated_backward",
+    "add_averaged",
     "cached_backward",
     "scalars",
     "split_pairs",
