@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""How processes share a model: which strategy runs, what wraps the model, how a step gets its gradients, and that no
+"""How processes share a model: alone, data-parallel or fully sharded; which strategy runs, what wraps the model, how a step gets its gradients, and that no
 two processes train on the same samples."""
 
 from collections.abc import Callable
@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .batch_norm import prepare_batch_norm
 from .gradient_caching import TwoStageModel, accumulated_backward, cached_backward, split_pairs, withheld_loss_stage
 from .sampling import BatchStream, ShardedBatchSampler, stable_seed
+from .sharding import average_replicated, shard_model, unsynchronised
 
 Batch = dict[str, torch.Tensor]
 
@@ -32,6 +34,30 @@ def running_strategy(accelerator: Accelerator) -> str:
     if kind == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     return kind.value.lower()
+
+
+def shards(accelerator: Accelerator, args: T3DTrainingArguments) -> bool:
+    """Whether the model is fully sharded: because Accelerate was told so, or, of plain processes, the trainer."""
+    return accelerator.num_processes > 1 and "fsdp2" in (args.strategy, running_strategy(accelerator))
+
+
+def _shard(accelerator: Accelerator, model: Any, args: T3DTrainingArguments) -> nn.Module:
+    """The model fully sharded, with Accelerate's settings where it has any."""
+    if args.view_chunk_size is not None or (args.caching_micro_batch_size is not None and not args.drop_last):
+        name = "view_chunk_size" if args.view_chunk_size is not None else "caching_micro_batch_size"
+        raise ConfigurationError(
+            f"training.{name} lets processes make different numbers of forward passes, for which a sharded model "
+            "would wait for ever; set training.strategy=ddp, or use training.activation_checkpointing and "
+            "training.gradient_accumulation_steps with training.drop_last=true"
+        )
+    options = {}
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        options["reshard_after_forward"] = plugin.reshard_after_forward
+        if plugin.cpu_offload:
+            options["offload_policy"] = plugin.cpu_offload
+    autocast = None if accelerator.mixed_precision == "no" else accelerator.autocast
+    return shard_model(model, accelerator.device, autocast, **options)
 
 
 def wrap_model(accelerator: Accelerator, model: nn.Module, args: T3DTrainingArguments) -> nn.Module:
@@ -51,6 +77,8 @@ def wrap_model(accelerator: Accelerator, model: nn.Module, args: T3DTrainingArgu
     if args.view_chunk_size is not None:
         model.set_view_chunk_size(args.view_chunk_size)
     model = prepare_batch_norm(model, args, accelerator.num_processes, accelerator.device)
+    if shards(accelerator, args):
+        return _shard(accelerator, model, args)
     with withheld_loss_stage(model) if args.gradient_caching else nullcontext():
         return accelerator.prepare_model(model)
 
@@ -77,12 +105,15 @@ def step_gradients(
         return batch_transform(send_to_device(batch, accelerator.device, non_blocking=True))
 
     def no_sync() -> AbstractContextManager:
-        return accelerator.no_sync(model)
+        return unsynchronised(model) if isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
     if not args.gradient_caching:
-        return accumulated_backward(
+        terms = accumulated_backward(
             model, micro_batches, prepare=prepare, no_sync=no_sync, backward=accelerator.backward
         )
+        if isinstance(model, FSDPModule):
+            average_replicated(model)
+        return terms
     return cached_backward(
         model,
         accelerator.unwrap_model(model),
@@ -122,4 +153,4 @@ def refuse_shared_samples(
         )
 
 
-__all__ = ["refuse_shared_samples", "running_strategy", "step_gradients", "wrap_model"]
+__all__ = ["refuse_shared_samples", "running_strategy", "shards", "step_gradients", "wrap_model"]

@@ -33,14 +33,17 @@ def refuse_before_training(
             f"torchrun --nproc_per_node {args.num_processes} (accelerate launch --cpu starts one)"
         )
     strategy = running_strategy(accelerator)
-    if args.strategy not in (None, strategy):
+    # Plain processes shard a model as well as they copy it.
+    possible = ("ddp", "fsdp2") if strategy == "ddp" else (strategy,)
+    if args.strategy not in (None, *possible):
         raise ConfigurationError(
             f"training.strategy={args.strategy}, but {strategy} was started; launch with the file of "
             f"examples/accelerate that is named after it, or change the setting"
         )
-    if strategy not in ("single", "ddp"):
+    if strategy not in ("single", "ddp", "fsdp2"):
         raise ConfigurationError(
-            f"this trainer runs alone or data-parallel, not as {strategy}; change the Accelerate configuration"
+            f"this trainer runs alone, data-parallel (ddp) or fully sharded (fsdp2), not as {strategy}; fsdp2 shards "
+            "what ZeRO-3 does: launch with examples/accelerate/fsdp2.yaml"
         )
     if args.ema_decay is not None and strategy not in ("single", "ddp"):
         raise ConfigurationError(

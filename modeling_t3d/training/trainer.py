@@ -42,6 +42,7 @@ from .preflight import choose_precision, device_name, refuse_before_training, re
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
+from .sharding import gradient_norm
 from .session import RunSession
 from .state import TrainerState, TrainingResult, refuse_other_run, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
@@ -280,7 +281,7 @@ class T3DTrainer:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.unwrapped_model.parameters() if parameter.grad is not None]
-        terms["grad_norm"] = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        terms["grad_norm"] = gradient_norm([parameter.grad for parameter in parameters])
         # The first step already moves: a step-driven schedule counts the step that is being taken.
         progress = (
             self.progress if self.total_steps is None else max(self.progress, (state.step + 1) / self.total_steps)
