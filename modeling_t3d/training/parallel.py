@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""How processes share a model: alone, data-parallel or fully sharded; which strategy runs, what wraps the model, how a step gets its gradients, and that no
-two processes train on the same samples."""
+"""How processes share a model, data-parallel or fully sharded: which strategy runs, what wraps the model, how a step
+gets its gradients, and that no two processes train on the same samples."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

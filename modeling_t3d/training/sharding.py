@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Fully sharded data parallelism (FSDP2): each process keeps a part of every parameter, of its gradient and of what the
-optimiser knows of it. How such a model is saved stands in `sharded_state`."""
+"""Fully sharded data parallelism (FSDP2): each process keeps a part of every parameter, of its gradient and of the
+optimiser's state. How such a model is saved stands in `sharded_state`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -42,8 +42,8 @@ from .preflight import choose_precision, device_name, refuse_before_training, re
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
-from .sharding import gradient_norm
 from .session import RunSession
+from .sharding import gradient_norm
 from .state import TrainerState, TrainingResult, refuse_other_run, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
 
