@@ -397,4 +397,4 @@ def read_dicom(source: str, files: Sequence[str], *, series: int | None = None, 
     return Volume(array, stack.affine, modality=modality, source=source, warnings=(*notes, *stack.notes))
 
 
-__all__ = ["describe_acquisition", "describe_series", "quiet_parsers", "read_dicom"]
+__all__ = ["BODY_PARTS", "describe_acquisition", "describe_series", "quiet_parsers", "read_dicom"]

@@ -127,6 +127,7 @@ ALLOWED = {
         "intensity_t3d",
         "prepared_volume_t3d",
         "tile_plan_t3d",
+        "volume_dicom_t3d",
         "volume_io_t3d",
         "volume_transforms_t3d",
     },
