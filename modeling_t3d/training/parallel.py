@@ -38,7 +38,7 @@ def running_strategy(accelerator: Accelerator) -> str:
 
 def shards(accelerator: Accelerator, args: T3DTrainingArguments) -> bool:
     """Whether the model is fully sharded: because Accelerate was told so, or, of plain processes, the trainer."""
-    return accelerator.num_processes > 1 and "fsdp2" in (args.strategy, running_strategy(accelerator))
+    return "fsdp2" in (args.strategy, running_strategy(accelerator))
 
 
 def _shard(accelerator: Accelerator, model: Any, args: T3DTrainingArguments) -> nn.Module:
