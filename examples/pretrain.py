@@ -6,7 +6,8 @@
     accelerate launch examples/pretrain.py --config my.yaml --resume training.max_steps=2000 model.preset=base
 
 Settings are documented in `modeling_t3d/training/arguments.py`, manifests in `modeling_t3d/data/manifest.py`. A run
-that a signal stops writes a checkpoint and exits with status 75 (under a launcher, see `status.json` in its folder).
+that a signal or `--max-hours` stops writes a checkpoint and exits with status 75 (under a launcher, see `status.json` in
+its folder); `--resume` continues it.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from modeling_t3d.evaluation.encoding import evaluation_samples
 from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
 from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
 from modeling_t3d.training.model_card import provenance
+from modeling_t3d.training.session import errors_in_one_line
 from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
 from modeling_t3d.training.validation import ValidationLosses
 
@@ -147,7 +149,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, see examples/configs")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in output_dir")
+    parser.add_argument("--max-hours", type=float, help="training.max_hours: stop to be resumed after so many hours")
     parser.add_argument("overrides", nargs="*", help="section.name=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    sys.exit(train(load_configuration(arguments.config, arguments.overrides), arguments.resume))
+    with errors_in_one_line():
+        overrides = arguments.overrides
+        if arguments.max_hours is not None:
+            overrides = [*overrides, f"training.max_hours={arguments.max_hours}"]
+        sys.exit(train(load_configuration(arguments.config, overrides), arguments.resume))

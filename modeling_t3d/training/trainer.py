@@ -199,7 +199,8 @@ class T3DTrainer:
         args, state = self.args, self.state
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         training_mode(self.model, args)
-        interrupted = self._agree(stop)
+        # Every run takes a step, however short the time that it is given.
+        interrupted = False
         with closing(self._steps()) as steps:
             while self.progress < 1 and not interrupted:
                 start = time.monotonic()
