@@ -95,4 +95,12 @@ def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-__all__ = ["average_replicated", "gradient_norm", "replicated_parameters", "shard_model", "unsynchronised"]
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+    """Scale gradients to a norm of at most `max_norm`, given the one they have from [`gradient_norm`]."""
+    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
+    whole = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]
+    for group in filter(None, (sharded, whole)):
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+
+
+__all__ = ["average_replicated", "clip_gradients", "gradient_norm", "replicated_parameters", "shard_model", "unsynchronised"]

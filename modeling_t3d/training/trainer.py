@@ -43,7 +43,7 @@ from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
 from .session import RunSession
-from .sharding import gradient_norm
+from .sharding import clip_gradients, gradient_norm
 from .state import TrainerState, TrainingResult, refuse_other_run, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
 
@@ -295,7 +295,7 @@ class T3DTrainer:
             terms, state.step + 1, lambda: self.sampler.samples(state.epoch, done), scaler is not None
         ):
             if args.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, terms["grad_norm"])
+                clip_gradients(parameters, args.max_grad_norm, terms["grad_norm"])
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update()
