@@ -103,4 +103,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: to
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
 
 
-__all__ = ["average_replicated", "clip_gradients", "gradient_norm", "replicated_parameters", "shard_model", "unsynchronised"]
+__all__ = [
+    "average_replicated",
+    "clip_gradients",
+    "gradient_norm",
+    "replicated_parameters",
+    "shard_model",
+    "unsynchronised",
+]
