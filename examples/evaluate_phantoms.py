@@ -15,7 +15,7 @@ from pathlib import Path
 from modeling_t3d import T3DForPreTraining, T3DProcessor, Volume, read_volume
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
-from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS
+from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained, plot_case
 
 GROUPS = {
@@ -75,6 +75,7 @@ def main() -> None:
         batch_size=32,
         read_volume=read_volume,
         lesion_values={name: FINDINGS[name].index for name in GROUPS["focal"]},
+        organ_values=ORGANS,
         groups=GROUPS,
         num_resamples=arguments.num_resamples,
     )

@@ -77,6 +77,7 @@ def test_everything_is_measured_and_written(study, tmp_path):
         collator=study.collator,
         read_volume=read_volume,
         lesion_values={name: finding.index for name, finding in FINDINGS.items()},
+        organ_values=ORGANS,
         groups=GROUPS,
         leak_batch_size=3,
         num_resamples=20,
@@ -88,6 +89,9 @@ def test_everything_is_measured_and_written(study, tmp_path):
     assert loaded["leak"]["num_candidates"] == pytest.approx(3 * 2 - 1, rel=0.2)
     assert loaded["study_identity"]["num_views"] == 12
     assert loaded["localisation"]["all"]["num_scored"] > 0
+    assert loaded["segmentation"]["num_volumes"] + loaded["segmentation"]["num_fitted_volumes"] == 6
+    assert set(loaded["segmentation"]["dice"]) == set(ORGANS)
+    assert "Segmentation probe: mean Dice" in results.to_markdown()
     assert "validation" in loaded["protocol"]["threshold_source"]
     assert loaded["protocol"]["num_units"] == 6
     # Each table is scored on the same units.

@@ -21,6 +21,7 @@ from .localisation import attention_volume, evaluate_localisation, localisation_
 from .probes import study_identity
 from .results import Results
 from .retrieval import DEFAULT_KS
+from .segmentation_probe import halves_of_patients, labelled_cells, probe_segmentation
 from .zero_shot import PromptPairs, encode_prompt_pairs, evaluate_embeddings, logit_scale_of, validation_thresholds
 
 
@@ -69,6 +70,7 @@ def evaluate_pretrained(
     collator: Callable | None = None,
     read_volume: Callable[[Any], Volume] | None = None,
     lesion_values: Mapping[str, int] | None = None,
+    organ_values: Mapping[str, int] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     views: int | str | None = None,
     unit: str = "study",
@@ -94,6 +96,8 @@ def evaluate_pretrained(
         collator: makes training batches of `test`: adds the leak control of a model with multi-view alignment.
         read_volume: path -> `Volume` as stored.
         lesion_values: finding -> value in the label maps of the test rows: with `read_volume`, adds localisation.
+        organ_values: organ -> value in the label maps of the test rows: with `read_volume`, adds the segmentation
+            probe, fitted on every other patient and scored on the others.
         groups: group name -> findings, for instance diffuse and focal.
         views: local views per volume (a number or "grid") that a fusing model embeds; the processor's number by
             default.
@@ -143,6 +147,12 @@ def evaluate_pretrained(
     if lesion_values is not None and read_volume is not None:
         cases = localisation_cases(test, read_volume, lesion_values)
         results.localisation = evaluate_localisation(model, processor, cases, prompts, **bootstrap)
+    if organ_values is not None and read_volume is not None:
+        fitted, scored = (
+            labelled_cells(model, test, read_volume, patient_ids=half, seed=seed)
+            for half in halves_of_patients(test.rows)
+        )
+        results.segmentation = probe_segmentation(fitted, scored, organ_values, **bootstrap)
     return results
 
 

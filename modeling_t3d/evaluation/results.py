@@ -18,6 +18,7 @@ from .localisation import LocalisationSummary
 from .probes import StudyIdentity
 from .protocol import ProtocolCard
 from .retrieval import RetrievalMetrics, VolumeRetrievalMetrics
+from .segmentation_probe import SegmentationProbe
 from .statistics import Interval
 
 RESULTS_NAME = "results.json"
@@ -37,6 +38,7 @@ class Results:
         leak: leak control of the multi-view alignment.
         study_identity: probe for study identity.
         localisation: attention against lesion masks; "all" lesions and each finding.
+        segmentation: linear probe of the feature maps for organs.
         extra: anything else that is plain JSON (losses, durations, settings).
 
     Example:
@@ -59,6 +61,7 @@ class Results:
     leak: LeakReport | None = None
     study_identity: StudyIdentity | None = None
     localisation: dict[str, LocalisationSummary] = field(default_factory=dict)
+    segmentation: SegmentationProbe | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +102,8 @@ class Results:
         if "all" in self.localisation:
             values["pointing"] = self.localisation["all"].pointing.value
             values["localisation_auprc"] = self.localisation["all"].average_precision.value
+        if self.segmentation is not None:
+            values["segmentation_dice"] = self.segmentation.mean.value
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def to_markdown(self) -> str:
@@ -129,6 +134,12 @@ class Results:
                 f"Study identity: nearest view of the same study in {identity.nearest_neighbour_accuracy:.3f} of "
                 f"{identity.num_views} views (chance {identity.chance:.3f}), same against other study AUROC "
                 f"{identity.area_under_roc:.3f}."
+            )
+        if self.segmentation is not None:
+            probe = self.segmentation
+            lines.append(
+                f"Segmentation probe: mean Dice {_with_interval(probe.mean)} over {len(probe.dice)} organs, "
+                f"{probe.num_volumes} volumes (fitted on {probe.num_fitted_volumes} of other patients)."
             )
         return lines
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..processing_t3d import ABSENT_TEMPLATE, PRESENT_TEMPLATE
+from ..processing_t3d import ABSENT_TEMPLATE, PRESENT_TEMPLATE, described
 from .encoding import Embeddings, embed_samples, encode_prompts
 from .findings import choose_thresholds, score_findings, to_units
 from .protocol import ProtocolCard, split_hash
@@ -26,9 +26,12 @@ PromptPairs = Mapping[str, Sequence[tuple[str, str]]]
 
 
 def make_prompts(
-    findings: Sequence[str], templates: Sequence[tuple[str, str]] = DEFAULT_TEMPLATES
+    findings: Sequence[str],
+    templates: Sequence[tuple[str, str]] = DEFAULT_TEMPLATES,
+    descriptions: Mapping[str, str] | None = None,
 ) -> dict[str, list[tuple[str, str]]]:
-    """Prompt pairs of findings from (positive, negative) templates with one `{}` each.
+    """Prompt pairs of findings from (positive, negative) templates with one `{}` each; a finding that has a
+    description carries it in both, as in `T3DProcessor.make_prompts`.
 
     Example:
 
@@ -40,10 +43,8 @@ def make_prompts(
     ```
     """
     return {
-        finding: [
-            (positive.replace("{}", finding), negative.replace("{}", finding)) for positive, negative in templates
-        ]
-        for finding in findings
+        finding: [(positive.replace("{}", name), negative.replace("{}", name)) for positive, negative in templates]
+        for finding, name in ((finding, described(finding, descriptions)) for finding in findings)
     }
 
 
