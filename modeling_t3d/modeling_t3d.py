@@ -230,7 +230,8 @@ class T3DModel(T3DPreTrainedModel):
         def encode(chunk: torch.Tensor) -> torch.Tensor:
             return self.vision_model(chunk).last_hidden_state
 
-        *chunks, last = views.split(size)
+        remainder = len(views) % size
+        *chunks, last = views.split([remainder] * (remainder > 0) + [size] * (len(views) // size))
         maps = [checkpoint(encode, chunk, use_reentrant=False) for chunk in chunks]
         # The backward pass begins with what came last: that graph is kept, for it is the one that memory holds then.
         return torch.cat([*maps, encode(last)])
