@@ -17,6 +17,7 @@ EXTRAS = {
     # Inflates .nii.gz about twice as fast as zlib.
     "fast": ["isal>=1.7"],
     "store": ["numcodecs>=0.13"],
+    "s3": ["s3fs>=2024.2"],
     "parquet": ["pyarrow>=16.0"],
     "cluster": ["dask[distributed]>=2024.8", "tqdm>=4.66"],
     "train": ["tensorboard>=2.16", "pyyaml>=6.0", "tqdm>=4.66"],
@@ -34,6 +35,11 @@ EXTRAS = {
         "torchio>=1.0",
         "highdicom>=0.25",
         "pylibjpeg-openjpeg>=2.0",
+        # The store's tests: an object storage that speaks S3.
+        "s3fs>=2024.2",
+        "moto[s3]>=5.0",
+        "flask>=3.0",
+        "flask-cors>=4.0",
     ],
 }
 EXTRAS["all"] = sorted(

@@ -8,11 +8,11 @@ import pickle
 import re
 import signal
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -242,33 +242,40 @@ def test_a_damaged_volume_is_removed_and_added_again(url):
 # ---------------------------------------------------------------------------------------------- interruption
 
 
-def write_volumes(folder: Path, count: int) -> None:
+def write_volumes(folder: Path, count: int, stored: Any = None) -> None:
+    """Says after each volume that it is stored."""
     store = VolumeStore.create(folder, PROCESSOR, tile=TILE)
     prepared = noise((32, 128, 128))
     for number in range(count):
         store.add(f"{number:040x}", prepared)
+        if stored is not None:
+            stored.send(number)
 
 
-def start_writer(folder: Path, count: int) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=write_volumes, args=(folder, count))
+def start_writer(folder: Path, count: int, stored: Any = None) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=write_volumes, args=(folder, count, stored))
     process.start()
     return process
 
 
 def test_a_killed_writer_is_finished_by_the_next(tmp_path):
     survivors = []
-    for delay in (0.05, 0.1, 0.2, 0.4):
-        process = start_writer(tmp_path, 10_000)
-        time.sleep(delay)
+    for written in (0, 1, 3, 4):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = start_writer(tmp_path, 10_000, sender)
+        sender.close()
+        # It is somewhere behind the volume of which it spoke last.
+        while receiver.recv() < written:
+            pass
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        if (tmp_path / "store.json").exists():
-            survivors.append(len(VolumeStore(tmp_path)))
-            for key in list(VolumeStore(tmp_path).keys()):
-                VolumeStore(tmp_path).verify(key)
+        survivors.append(len(VolumeStore(tmp_path)))
+        assert survivors[-1] > written
+        for key in list(VolumeStore(tmp_path).keys()):
+            VolumeStore(tmp_path).verify(key)
     assert survivors == sorted(survivors), "what was finished stays"
-    # A file that a killed writer left, whatever the timing above did.
+    # A file that a killed writer left, wherever the others were killed.
     orphan = tmp_path / "volumes" / "00" / f"{survivors[-1]:040x}.t3d.{'0' * 32}.partial"
     orphan.write_bytes(b"half")
     process = start_writer(tmp_path, survivors[-1] + 2)

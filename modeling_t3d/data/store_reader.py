@@ -3,7 +3,8 @@
 """Reads boxes of one stored volume: by a memory map from a disk, by byte ranges from anywhere else."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -55,7 +56,22 @@ class VolumeReader:
             self._num_voxels = (header.index["length"] // header.dtype.itemsize).tolist()
 
     def _read(self, stop: int) -> bytes:
-        return self.file_system.cat_file(self.path, start=0, end=stop) if self.map is None else self.map[:stop]
+        if self.map is not None:
+            return self.map[:stop]
+        with self._truncation_named("the header", 1):
+            return self.file_system.cat_file(self.path, start=0, end=stop)
+
+    @contextmanager
+    def _truncation_named(self, what: str, needed: int) -> Iterator[None]:
+        """Object storage that has fewer bytes than are asked for may answer with an error of its own."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if self.file_system.info(self.path)["size"] < needed:
+                raise self._corruption(what) from None
+            raise
 
     def _corruption(self, what: str) -> StoreCorruptionError:
         return StoreCorruptionError(
@@ -123,7 +139,8 @@ class VolumeReader:
             return [(0, memoryview(self.map), tiles)]
         ranges = self.header.ranges(tiles, _RANGE_GAP)
         starts, stops = [first for first, _, _ in ranges], [end for _, end, _ in ranges]
-        blocks = self.file_system.cat_ranges([self.path] * len(ranges), starts, stops, on_error="raise")
+        with self._truncation_named("its end", max(stops, default=0)):
+            blocks = self.file_system.cat_ranges([self.path] * len(ranges), starts, stops, on_error="raise")
         return [(first, memoryview(block), members) for (first, _, members), block in zip(ranges, blocks, strict=True)]
 
 
