@@ -28,13 +28,14 @@ from modeling_t3d import (
 )
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
-from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, phantom_seeds, write_phantoms
+from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS, phantom_seeds, write_phantoms
 from modeling_t3d.evaluation.classification import labelled_shortcuts
 from modeling_t3d.evaluation.encoding import embed_samples, evaluation_mode, evaluation_samples, label_row
 from modeling_t3d.evaluation.findings import to_units
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained
 from modeling_t3d.evaluation.probes import probe_findings
 from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, logit_scale_of, zero_shot_scores
+from modeling_t3d.presets_t3d import NUM_LOCAL_VIEWS, OBJECTIVES
 from modeling_t3d.training.arguments import PretrainingConfiguration, load_configuration
 from modeling_t3d.training.checkpoints import write_text_atomically
 from modeling_t3d.training.trainer import T3DTrainer
@@ -50,6 +51,7 @@ GROUPS = {
 SWITCHES = {
     "tma_query": ("model.overrides", ("text", "none", "vision")),
     "tma_negatives": ("model.overrides", ("same_query", "own_query")),
+    "tma_loss": ("model.overrides", ("supcon", "swav", "barlow")),
     "view_sampling": ("image_processor", ("independent", "overlapping", "aligned")),
     "view_fusion": ("model.overrides", ("global", "mean", "attention")),
 }
@@ -86,7 +88,7 @@ class Arm:
 
 
 def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
-    """The default of a configuration, one arm for each other value of each switch, and the controls."""
+    """The default of a configuration, one arm for each other value of each switch, restoration, and the controls."""
     config = T3DConfig.from_preset(settings.model.preset, **settings.model.overrides)
     if not config.lambda_tma:
         raise ValueError("the ablation varies multi-view alignment: give its configuration a lambda_tma above 0")
@@ -101,6 +103,10 @@ def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
             if value != defaults[switch]:
                 name = f"{switch}-{value}".replace("_", "-")
                 arms.append(Arm(name, f"{switch} {value}", (f"{section}.{switch}={value}",)))
+    arms.append(Arm("tir", "GCA + TMA + TIR", ("model.overrides.lambda_tir=1",)))
+    objective = [f"model.overrides.{name}={value}" for name, value in OBJECTIVES["v1"].items()]
+    objective.append(f"image_processor.num_local_views={NUM_LOCAL_VIEWS['v1']}")
+    arms.append(Arm("v1", "TCL + TIR (v1)", tuple(objective)))
     return [
         *arms,
         Arm("supervised-ceiling", "supervised ceiling (on labels)", kind="supervised"),
@@ -252,6 +258,7 @@ def measure_pretrained(settings: PretrainingConfiguration, views: int | str | No
         collator=PretrainingCollator(processor),
         read_volume=read_volume,
         lesion_values={name: FINDINGS[name].index for name in GROUPS["focal"]},
+        organ_values=ORGANS,
         groups=GROUPS,
         views=views,
         batch_size=batch_size,

@@ -29,6 +29,7 @@ HEADER = (
     "leak",
     "pointing",
     "AUPRC",
+    "organ Dice",
     "study identity",
     "seeds",
     "steps",
@@ -39,7 +40,8 @@ interval of that mean from {resamples} resamples of test patients]. Other cells:
 and the chance level where there is one. Validation phantoms choose, all other columns are test phantoms.
 R@5: recall of the right volume for a report. Leak: see `modeling_t3d/evaluation/leak.py`; undefined
 while the loss is within 0.05 of chance. Pointing and AUPRC: the text's attention against focal lesions.
-Study identity: share of local views whose nearest other view is of the same study."""
+Organ Dice: a linear probe of the feature maps, on patients that it was not fitted on. Study
+identity: share of local views whose nearest other view is of the same study."""
 
 
 def group_auroc(part: Mapping[str, Any], group: str) -> float:
@@ -120,6 +122,7 @@ def table_row(arm: Arm, results: Mapping[int, Mapping[str, Any]], seeds: Sequenc
         measurement_cell(found, "leak", "leak"),
         measurement_cell(found, *place, "pointing", "value", chance=(*place, "chance")),
         measurement_cell(found, *place, "average_precision", "value", chance=(*place, "chance")),
+        measurement_cell(found, "segmentation", "mean", "value"),
         measurement_cell(found, "study_identity", "nearest_neighbour_accuracy", chance=("study_identity", "chance")),
         measured,
         ABSENT if arm.kind == "shortcut" else ", ".join(str(result["steps"]) for result in found),
