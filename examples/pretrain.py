@@ -20,13 +20,14 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_t3d import T3DConfig, T3DForPreTraining, T3DImageProcessor, T3DProcessor, T3DVisionModel
-from modeling_t3d.data.augmentation import AugmentingCollator, BatchAugmentation
+from modeling_t3d.data.collators import changing_collator, objective_collator
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.streaming import StreamingDataset
 from modeling_t3d.evaluation.encoding import evaluation_samples
 from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
+from modeling_t3d.processing_t3d import read_descriptions
 from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
 from modeling_t3d.training.model_card import provenance
 from modeling_t3d.training.session import errors_in_one_line
@@ -39,6 +40,7 @@ logger = logging.getLogger("pretrain")
 def build_processor(settings: PretrainingConfiguration, reports: list[str]) -> T3DProcessor:
     """Image processor from the settings; tokenizer of the text tower, or one trained on the reports."""
     source = settings.model.tokenizer_name_or_path or settings.model.text_model_name_or_path
+    descriptions = settings.data.finding_descriptions
     return T3DProcessor(
         T3DImageProcessor(**settings.image_processor),
         AutoTokenizer.from_pretrained(source)
@@ -47,6 +49,7 @@ def build_processor(settings: PretrainingConfiguration, reports: list[str]) -> T
         report_sections=settings.data.sections,
         min_report_words=settings.data.min_report_words,
         max_report_tokens=settings.data.max_report_tokens,
+        finding_descriptions=descriptions and read_descriptions(descriptions),
     )
 
 
@@ -55,7 +58,7 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
     overrides = dict(settings.overrides)
     text_defaults = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     overrides["text_config"] = text_defaults | overrides.get("text_config", {})
-    config = T3DConfig.from_preset(settings.preset, **overrides)
+    config = T3DConfig.from_preset(settings.preset, settings.objective, **overrides)
     vision, text = settings.vision_model_name_or_path, settings.text_model_name_or_path
     if not vision and not text:
         return T3DForPreTraining(config)
@@ -70,7 +73,8 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
 def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator, processor, batch_size: int):
     """Losses on held-out pairs and, where the manifest has labels, zero-shot AUROC."""
     losses = ValidationLosses(held_out, collator, batch_size)
-    prompts = make_prompts(dict.fromkeys(name for row in held_out.rows for name in row.labels))
+    findings = list(dict.fromkeys(name for row in held_out.rows for name in row.labels))
+    prompts = make_prompts(findings, descriptions=processor.finding_descriptions)
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         metrics = losses(model)
@@ -97,7 +101,7 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
     # Learnt positions bound the length of a report, less what RoBERTa reserves for padding.
     positions = model.config.text_config.max_position_embeddings - 2
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
-    collator = PretrainingCollator(processor, num_local_views=None if model.config.lambda_tma else 0)
+    collator = objective_collator(model.config, processor)
     facts = {
         "data_name": data.name or Path(data.manifest).name,
         "data_description": manifest.describe(),
@@ -123,9 +127,13 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
         parts.append(PretrainingDataset(manifest.split(data.validation_split), **shared))
         evaluate = build_evaluation(parts[1], collator, processor, training.per_device_train_batch_size)
     options = {"evaluate": evaluate, "processor": processor, "card_facts": facts}
-    if data.augmentation:
-        options["batch_transform"] = BatchAugmentation(**data.augmentation)
-        collator = AugmentingCollator(collator, options["batch_transform"])
+    collator, options["batch_transform"] = changing_collator(
+        collator,
+        augmentation=data.augmentation,
+        crop_perturbation=data.crop_perturbation,
+        texts=data.texts,
+        descriptions=processor.finding_descriptions,
+    )
     if data.streaming:
         options["make_stream"] = partial(
             StreamingDataset,

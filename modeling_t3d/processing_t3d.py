@@ -6,8 +6,9 @@ Which part of a report is text, how long it may be and how a label becomes a pro
 that training and evaluation cannot disagree.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
@@ -52,6 +53,48 @@ def compose_report(
     return " ".join(words) if len(words) >= max(1, min_report_words) else None
 
 
+def described(label: str, descriptions: Mapping[str, str] | None) -> str:
+    """
+    A finding's name, with its description in brackets where there is one; case does not matter.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.processing_t3d import described
+
+    >>> described("Ascites", {"ascites": "free fluid in the abdomen"})
+    'Ascites (free fluid in the abdomen)'
+    >>> described("gallstones", {"ascites": "free fluid in the abdomen"})
+    'gallstones'
+
+    ```"""
+    known = {name.casefold(): text for name, text in (descriptions or {}).items()}
+    description = known.get(label.casefold())
+    return label if description is None else f"{label} ({description})"
+
+
+def check_descriptions(descriptions: Any, where: str) -> dict[str, str]:
+    """Finding -> description, or an error that begins with `where`."""
+    if not isinstance(descriptions, Mapping) or not all(
+        isinstance(text, str) and text.strip() for pair in descriptions.items() for text in pair
+    ):
+        raise ValueError(
+            f'{where} must map findings to descriptions, such as {{"ascites": "free fluid in the abdomen"}}'
+        )
+    return dict(descriptions)
+
+
+def read_descriptions(path: str | os.PathLike) -> dict[str, str]:
+    """Finding -> description, from a JSON file of your own: an object of texts."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return check_descriptions(json.load(file), f"{path}: the file")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened ({error.strerror})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not JSON ({error.msg})") from None
+
+
 class T3DProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, unread by mypy
     """Arguments of a call, by modality."""
 
@@ -70,6 +113,8 @@ class T3DProcessor(ProcessorMixin):
         min_report_words (`int`, defaults to 5): shorter reports are dropped and counted.
         max_report_tokens (`int`, defaults to 512): longer reports are truncated and counted.
         present_template, absent_template (`str`): how a label becomes a pair of prompts.
+        finding_descriptions (`dict[str, str]`, *optional*): finding -> what it is. Prompts of such a label carry it in
+            brackets, both of the pair; see `read_descriptions`.
 
     Example:
 
@@ -97,6 +142,7 @@ class T3DProcessor(ProcessorMixin):
         max_report_tokens: int = 512,
         present_template: str = PRESENT_TEMPLATE,
         absent_template: str = ABSENT_TEMPLATE,
+        finding_descriptions: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         if report_sections not in REPORT_SECTIONS:
@@ -109,6 +155,9 @@ class T3DProcessor(ProcessorMixin):
         self.max_report_tokens = max_report_tokens
         self.present_template = present_template
         self.absent_template = absent_template
+        self.finding_descriptions = (
+            None if finding_descriptions is None else check_descriptions(finding_descriptions, "finding_descriptions")
+        )
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def save_pretrained(
@@ -138,9 +187,10 @@ class T3DProcessor(ProcessorMixin):
         return encoding, sum(length > limit for length in lengths)
 
     def make_prompts(self, labels: Sequence[str]) -> tuple[list[str], list[str]]:
-        """One prompt that says a label is present and one that says it is not, for each label."""
+        """One prompt that says a label is present and one that says it is not, for each label and its description."""
         if isinstance(labels, str) or not labels or not all(label.strip() for label in labels):
             raise ValueError(f"labels must be a non-empty list of names, got {labels!r}")
+        labels = [described(label, self.finding_descriptions) for label in labels]
         present = [self.present_template.replace("{}", label) for label in labels]
         absent = [self.absent_template.replace("{}", label) for label in labels]
         return present, absent
@@ -153,9 +203,18 @@ class T3DProcessor(ProcessorMixin):
                 self.image_processor.describe(),
                 f"reports       {sections[self.report_sections]}; fewer than {self.min_report_words} words: dropped; "
                 f"more than {self.max_report_tokens} tokens: truncated",
-                f"prompts       {self.present_template!r} against {self.absent_template!r}",
+                f"prompts       {self.present_template!r} against {self.absent_template!r}"
+                + (f"; {len(self.finding_descriptions)} findings described" if self.finding_descriptions else ""),
             ]
         )
 
 
-__all__ = ["ABSENT_TEMPLATE", "PRESENT_TEMPLATE", "T3DProcessor", "T3DProcessorKwargs", "compose_report"]
+__all__ = [
+    "ABSENT_TEMPLATE",
+    "PRESENT_TEMPLATE",
+    "T3DProcessor",
+    "T3DProcessorKwargs",
+    "compose_report",
+    "described",
+    "read_descriptions",
+]

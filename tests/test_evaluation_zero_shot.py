@@ -125,6 +125,11 @@ def test_make_prompts():
         ("lung nodule seen.", "No lung nodule."),
         ("There is lung nodule.", "Without lung nodule."),
     ]
+    described = make_prompts(["lung nodule", "cyst"], descriptions={"Lung nodule": "a round opacity"})
+    assert described["lung nodule"] == [
+        ("lung nodule (a round opacity) is present.", "lung nodule (a round opacity) is not present.")
+    ]
+    assert described["cyst"] == [("cyst is present.", "cyst is not present.")]
 
 
 def test_study_scores_are_means_over_reconstructions():

@@ -5,6 +5,7 @@
 import doctest
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers.processing_utils import Unpack
 import modeling_t3d
 import modeling_t3d.processing_t3d as processing
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
-from modeling_t3d.processing_t3d import T3DProcessor, compose_report
+from modeling_t3d.processing_t3d import T3DProcessor, compose_report, read_descriptions
 
 AFFINE = upright_affine((4.0, 4.0, 4.0))
 WORDS = ("the", "lungs", "are", "clear", "pleural", "effusion", "nodule", "is", "not", "present", ".")
@@ -197,9 +198,36 @@ def test_prompts():
             make_processor().make_prompts(labels)
 
 
+def test_prompts_carry_descriptions_and_keep_them_when_saved(tmp_path):
+    descriptions = {"Pleural Effusion": "fluid around a lung"}
+    processor = make_processor(finding_descriptions=descriptions)
+    present, absent = processor.make_prompts(["pleural effusion", "nodule"])
+    assert present == ["pleural effusion (fluid around a lung) is present.", "nodule is present."]
+    assert absent == ["pleural effusion (fluid around a lung) is not present.", "nodule is not present."]
+    assert "1 findings described" in processor.describe()
+    processor.save_pretrained(tmp_path)
+    assert T3DProcessor.from_pretrained(tmp_path).finding_descriptions == descriptions
+
+
+def test_descriptions_are_read_from_a_file(tmp_path):
+    own = Path(__file__).resolve().parents[1] / "examples" / "finding_descriptions" / "ct.json"
+    assert read_descriptions(own)["pleural effusion"] == "fluid between lung and chest wall"
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[]", "the file must map findings"),
+        ('{"a": 1}', "must map findings"),
+    ):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"wrong\.json: .*{message}"):
+            read_descriptions(tmp_path / "wrong.json")
+    with pytest.raises(ValueError, match=r"none\.json: cannot be opened"):
+        read_descriptions(tmp_path / "none.json")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"finding_descriptions": {"nodule": " "}}, "finding_descriptions must map findings to descriptions"),
         ({"report_sections": "all"}, "report_sections must be one of"),
         ({"present_template": "present"}, "present_template must hold"),
         ({"absent_template": "{} {}"}, "absent_template must hold"),

@@ -62,12 +62,12 @@ class ReportTexts:
         descriptions (`Mapping[str, str]`):
             Finding -> what it is, for knowledge-enhanced text; none by default. The processor's prompts should carry
             the same ones.
-        description_probability (`float`, defaults to 0.5): share of the texts whose findings are explained [choice].
+        description_probability (`float`, defaults to 0): share of the texts whose findings are explained [choice].
     """
 
     sample_sentences: bool = False
     descriptions: Mapping[str, str] = field(default_factory=dict)
-    description_probability: float = 0.5
+    description_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.description_probability <= 1:

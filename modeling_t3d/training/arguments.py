@@ -221,6 +221,14 @@ class DataArguments:
         num_preparation_workers (`int`, defaults to 1): processes that prepare volumes before the first step.
         augmentation (`dict`):
             Arguments of [`~modeling_t3d.data.augmentation.BatchAugmentation`], which checks them; none by default.
+        crop_perturbation (`dict`, *optional*):
+            Arguments of [`~modeling_t3d.data.perturbation.CropPerturbation`], which checks them; `{}` for the
+            published ones, none by default.
+        texts (`dict`):
+            Arguments of [`~modeling_t3d.data.report_texts.ReportTexts`], which checks them: sampled sentences, and the
+            share of texts whose findings are described; none by default.
+        finding_descriptions (`str`, *optional*): JSON file, finding -> what it is; prompts carry it, and texts by
+            their own setting.
         name, license (`str`, *optional*): for the model card and the provenance in the configuration.
         synthetic (`bool`, defaults to `False`): the volumes are no patients but phantoms; said in the card, and once
             by whatever uses the model.
@@ -240,6 +248,9 @@ class DataArguments:
     keep_global_views: bool = False
     num_preparation_workers: int = 1
     augmentation: dict[str, Any] = field(default_factory=dict)
+    crop_perturbation: dict[str, Any] | None = None
+    texts: dict[str, Any] = field(default_factory=dict)
+    finding_descriptions: str | None = None
     name: str | None = None
     license: str | None = None
     synthetic: bool = False
@@ -247,6 +258,14 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.store is not None and self.cache_dir is not None:
             raise ConfigurationError("data.store and data.cache_dir are two places for the same volumes; set one")
+        if self.augmentation and self.crop_perturbation is not None:
+            raise ConfigurationError(
+                "data.augmentation and data.crop_perturbation both change and flip the views; set one"
+            )
+        if self.texts.get("description_probability") and self.finding_descriptions is None:
+            raise ConfigurationError(
+                "data.texts.description_probability describes findings; name a file in data.finding_descriptions"
+            )
         if self.study_sampling != "independent" and not self.streaming:
             raise ConfigurationError(
                 f"data.study_sampling={self.study_sampling} is a setting of streams; set data.streaming: true"
@@ -260,6 +279,7 @@ class ModelArguments:
 
     Args:
         preset (`str`, defaults to `"base"`): a preset of [`T3DConfig`].
+        objective (`str`, *optional*): `"v3"`, `"v1"` or `"gtgm"`: what is trained, see `modeling_t3d.presets_t3d`.
         overrides (`dict`): fields of [`T3DConfig`] to change; a `dict` in it changes fields of a tower.
         vision_model_name_or_path, text_model_name_or_path (`str`, *optional*):
             Folders or Hub names of pretrained towers; a tower without one starts from scratch.
@@ -269,6 +289,7 @@ class ModelArguments:
     """
 
     preset: str = "base"
+    objective: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     vision_model_name_or_path: str | None = None
     text_model_name_or_path: str | None = None
