@@ -30,6 +30,9 @@ from .encoder_blocks_t3d import (
     sincos_positions,
 )
 
+# Before torch 2.10 they did update them again. There, blocks beside batch norms keep their activations when compiled.
+_COMPILED_GRAPHS_COUNT_TWICE = torch.__version__ < "2.10"
+
 
 @dataclass
 class T3DEncoderOutput(ModelOutput):
@@ -288,6 +291,8 @@ def checkpoint_counting_once(
     pass runs the block again, running statistics stay as they are.
     """
     if torch.compiler.is_compiling():  # a compiled graph updates each buffer once, however much it recomputes
+        if _COMPILED_GRAPHS_COUNT_TWICE and any(isinstance(child, _BatchNorm) for child in module.modules()):
+            return block(*args)
         return checkpoint_function(block, *args)
     is_first_run = True
 
