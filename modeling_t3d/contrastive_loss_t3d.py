@@ -30,8 +30,8 @@ class _Tiles(NamedTuple):
     soft: SoftTargets | None = None
 
     def rows(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """Bounds of the chunks of anchors."""
-        for start in range(0, num_rows, self.chunk_size):
+        """Bounds of the chunks of anchors; one of none for a rank without any."""
+        for start in range(0, max(num_rows, 1), self.chunk_size):
             yield start, min(start + self.chunk_size, num_rows)
 
     def logits(

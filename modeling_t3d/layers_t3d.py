@@ -289,9 +289,9 @@ class T3DPrototypes(nn.Module):
         # In the state, so that a resumed run and a loaded model go on where they stood.
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, device: torch.device) -> torch.Tensor:
         """`(num_prototypes, projection_dim)`, normalised here: their lengths mean nothing."""
-        indices = torch.arange(self.directions.num_embeddings, device=self.directions.weight.device)
+        indices = torch.arange(self.directions.num_embeddings, device=device)
         prototypes = unit_norm(self.directions(indices))
         if self.training and torch.is_grad_enabled():
             # A gradient of 0, not none: data-parallel training waits for every parameter's.

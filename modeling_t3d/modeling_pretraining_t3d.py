@@ -238,6 +238,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
             return_loss (`bool`, defaults to `True`): also what the embeddings alone do not need.
             others: as in `forward`.
         """
+        if input_ids is None:
+            raise ValueError(
+                "pre-training needs a report per volume: pass input_ids, if need be of generated captions"
+            )
         reads_views = return_loss and self._reads_views
         restores = return_loss and self.restoration is not None
         if (reads_views or restores) and local_pixel_values is None:
@@ -250,6 +254,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
         features = T3DPairFeatures(study_ids=study_ids, report_ids=report_ids)
         maps = None
         if not return_loss or self._reads_volumes or reads_sentences:
+            if pixel_values is None:
+                raise ValueError("the volumes' embeddings need global views: pass pixel_values")
             vision_output = self.t3d.get_image_features(
                 pixel_values,
                 local_pixel_values,
@@ -396,7 +402,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
             total, count, log_candidates = swapped_prediction(
                 own_views,
                 local_mask,
-                self.prototypes(),
+                self.prototypes(local_mask.device),
                 temperature=self.config.swav_temperature,
                 epsilon=self.config.sinkhorn_epsilon,
                 num_iterations=self.config.num_sinkhorn_iterations,

@@ -195,7 +195,7 @@ def test_tiles_of_the_sigmoid_equal_the_whole(chunk_size, masked):
 @pytest.mark.parametrize("loss", ["softmax", "soft targets", "sigmoid"])
 def test_shares_of_several_ranks_sum_to_the_whole(loss):
     """Each rank's own anchors against all candidates, with the gradients that the gather would bring home."""
-    batch, bounds = 13, [(0, 4), (4, 5), (5, 13)]
+    batch, bounds = 13, [(0, 4), (4, 4), (4, 5), (5, 13)]  # one of them has no pair
     study_ids, texts = identities(batch), unit(batch, 12, seed=3)
     image, text = (unit(batch, 12, seed=seed).requires_grad_() for seed in (1, 2))
     scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (20.0, -5.0))

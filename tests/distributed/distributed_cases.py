@@ -61,6 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
     "restoration": {"lambda_tir": 2.0, "tir_block_size": 4},
     "restoration and views that ask": {**PRESETS["v1"], "tir_block_size": 4},
     "views aligned one by one": {"gca_views": "local", "tma_query": "mean", "lambda_sentences": 0.0},
+    "prototypes": {"tma_loss": "swav", "num_prototypes": 8, "num_frozen_prototype_batches": 0},
+    "decorrelation": {"tma_loss": "barlow", "barlow_off_diagonal_weight": 0.3},
+    "decorrelation of views aligned one by one": PRESETS["gtgm"],
 }
 
 
