@@ -32,7 +32,8 @@ quickstart: $(INSTALLED)
 		--num-workers $(WORKERS)
 
 ablation: $(INSTALLED)
-	$(BIN)/python examples/ablation.py --output outputs/ablation $(ABLATION)
+	$(BIN)/python examples/ablation.py --output outputs/ablation --results benchmarks/ablation \
+		--table benchmarks/ablation.md $(ABLATION)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Trains every arm of the ablation on phantoms, one switch at a time around the default, and writes one table.
 
-    python examples/ablation.py --output outputs/ablation --minutes-per-arm 10 --table benchmarks/ablation.md
+    python examples/ablation.py --output outputs/ablation --results benchmarks/ablation --table benchmarks/ablation.md
     python examples/ablation.py --output outputs/short --steps-per-arm 200 --seeds 0 --arms default gca-alone
 
 Calling it again skips finished arms and continues the unfinished one from its checkpoint. Further arguments
@@ -16,7 +16,7 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED
 
 logger = logging.getLogger("ablation")
 
+# Settings that say where files lie, which changes no result.
+PLACES = (("data", "manifest"), ("data", "cache_dir"), ("data", "num_preparation_workers"), ("training", "output_dir"))
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of phantoms, runs, results and table")
+    parser.add_argument("--results", type=Path, help="folder of results, to share or to commit; OUTPUT by default")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "ablation.yaml")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--steps-per-arm", type=int, help="equal steps of equal batches; reproducible")
@@ -73,6 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown argument {unknown[0]}")
     parsed.overrides += rest + [name for name in parsed.arms or () if "=" in name]
     parsed.arms = [name for name in parsed.arms or () if "=" not in name]
+    parsed.results = parsed.results or parsed.output
     if parsed.steps_per_arm is None and parsed.minutes_per_arm is None:
         parsed.minutes_per_arm = 10.0
     return parsed
@@ -86,11 +91,24 @@ def common_overrides(arguments: argparse.Namespace) -> list[str]:
     return [f"data.manifest={phantoms / 'manifest.csv'}", *budget, *arguments.overrides]
 
 
+def stated(section: Any) -> Any:
+    """What a section of the configuration changes: results outlive settings that are added later."""
+    if not is_dataclass(section):
+        return section
+    values = {}
+    for entry in fields(section):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if getattr(section, entry.name) != default:
+            values[entry.name] = getattr(section, entry.name)
+    return values
+
+
 def describe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for results to stand in one table."""
-    configuration = asdict(load_configuration(arguments.config, common_overrides(arguments)))
-    for section, name in (("data", "manifest"), ("data", "cache_dir"), ("training", "output_dir")):
-        del configuration[section][name]
+    settings = load_configuration(arguments.config, common_overrides(arguments))
+    configuration = {section.name: stated(getattr(settings, section.name)) for section in fields(settings)}
+    for section, name in PLACES:
+        configuration[section].pop(name, None)
     by_steps = arguments.steps_per_arm is not None
     return {
         "phantom_version": PHANTOM_VERSION,
@@ -111,10 +129,10 @@ def main(command_line: list[str] | None = None) -> int:
     if unknown := set(arguments.arms) - set(names):
         sys.exit(f"unknown arm {sorted(unknown)[0]!r}; there are {', '.join(names)}")
     settings = describe_settings(arguments)
-    settle(arguments.output, settings)
+    settle(arguments.results, settings)
 
     def write_table() -> str:
-        table = make_table(arms, read_results(arguments.output, arms, arguments.seeds), arguments.seeds, settings)
+        table = make_table(arms, read_results(arguments.results, arms, arguments.seeds), arguments.seeds, settings)
         for path in filter(None, (arguments.output / "ablation.md", arguments.table)):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(path, table)
@@ -123,14 +141,14 @@ def main(command_line: list[str] | None = None) -> int:
     # Seed by seed: a comparison of all arms stands as early as possible.
     chosen = [arm for arm in arms if not arguments.arms or arm.name in arguments.arms]
     plan = [(arm, seed) for seed in arguments.seeds for arm in chosen]
-    pending = [(arm, seed) for arm, seed in plan if not result_path(arguments.output, arm, seed).is_file()]
+    pending = [(arm, seed) for arm, seed in plan if not result_path(arguments.results, arm, seed).is_file()]
     failures = []
     if pending and not arguments.table_only:
         torch.set_num_threads(arguments.num_threads)
         shared = load_configuration(arguments.config, common_overrides(arguments))
         prepare_phantoms(shared, settings["counts"], arguments.resolution, arguments.num_threads)
         for arm, seed in pending:
-            path = result_path(arguments.output, arm, seed)
+            path = result_path(arguments.results, arm, seed)
             if path.is_file():  # the baseline without a seed
                 continue
             logger.info("arm %s, seed %d", arm.name, seed)

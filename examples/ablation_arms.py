@@ -230,7 +230,9 @@ def scored(scores: np.ndarray, dataset: PretrainingDataset) -> dict[str, Any]:
     scores, labels, patients = to_units(
         scores, labels, [row.study_id for row in rows], [row.patient_id for row in rows], "study"
     )
-    return {"scores": scores.tolist(), "labels": labels.tolist(), "patients": [str(patient) for patient in patients]}
+    # Seven digits are what float32 holds, and make files that are small enough to keep beside the table.
+    digits = [[float(f"{score:.7g}") for score in row] for row in scores]
+    return {"scores": digits, "labels": labels.tolist(), "patients": [str(patient) for patient in patients]}
 
 
 def measure_pretrained(settings: PretrainingConfiguration, views: int | str | None) -> dict[str, Any]:
@@ -325,27 +327,27 @@ def run_arm(
 # ------------------------------------------------------------------------------------------ files
 
 
-def settle(output: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new folder, or refuse a folder that holds results of others."""
-    path = output / "settings.json"
+def settle(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new folder of results, or refuse one that holds results of others."""
+    path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in settings if former.get(name) != settings[name]]
         if changed:
-            sys.exit(f"{output} holds results with another {changed[0]}; choose another --output or remove it")
-    (output / "results").mkdir(parents=True, exist_ok=True)
+            sys.exit(f"{folder} holds results with another {changed[0]}; choose another --output or remove it")
+    (folder / "results").mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(settings, indent=2))
 
 
-def result_path(output: Path, arm: Arm, seed: int) -> Path:
+def result_path(folder: Path, arm: Arm, seed: int) -> Path:
     """Where the result of an arm with a seed lies."""
-    return output / "results" / f"{arm.run_name(seed)}.json"
+    return folder / "results" / f"{arm.run_name(seed)}.json"
 
 
-def read_results(output: Path, arms: list[Arm], seeds: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
+def read_results(folder: Path, arms: list[Arm], seeds: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
     """Arm -> seed -> result, of the files that exist."""
-    paths = {(arm.name, seed): result_path(output, arm, seed) for arm in arms for seed in seeds}
+    paths = {(arm.name, seed): result_path(folder, arm, seed) for arm in arms for seed in seeds}
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for (name, seed), path in paths.items():
         if path.is_file():
