@@ -179,7 +179,9 @@ class T3DTrainer:
                 that holds checkpoints is refused.
         """
         with self.session as session:
-            random_state_of_rank = self._resume() if resume else self._refuse_former_run()
+            if not resume:
+                self._refuse_former_run()
+            random_state_of_rank = self._resume() if resume else None
             settings = self.args.to_dict()
             reporter = ProgressReporter(
                 self.accelerator, self.output_dir, settings, total=self.total_steps, step=self.state.step
