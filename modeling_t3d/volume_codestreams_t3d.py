@@ -1,12 +1,15 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Headers of JPEG, JPEG-LS and JPEG 2000 frames, checked before a codec sees them: damaged ones can end the process.
+"""What is compressed in DICOM files, checked before a codec sees it: headers of JPEG, JPEG-LS and JPEG 2000 frames,
+damaged ones of which can end the process, and the size of deflated data sets, which pydicom inflates whole.
 
-Nothing is decoded here. A frame passes when what it says about itself is well formed and agrees with the DICOM header,
+No pixel is decoded here. A frame passes when what it says of itself is well formed and agrees with the DICOM header,
 so that no codec allocates what a damaged frame claims.
 """
 
+import io
 import struct
+import zlib
 from collections.abc import Iterator
 
 from .volume_slices_t3d import Refused
@@ -19,6 +22,48 @@ JPEG_LS_FRAME = 0xF7
 LOSSLESS_FRAME = 0xC3
 START_OF_SCAN = 0xDA
 WITHOUT_LENGTH = {0x01, 0xD8, *range(0xD0, 0xD8)}
+# A deflated data set may hold this many bytes whatever its file's size, beyond them this many times that size, and
+# never more than the last: noise alone keeps scans from deflating 30 times.
+INFLATED_ANYWAY = 64 << 20
+INFLATED_TIMES = 30
+INFLATED_MOST = 4 << 30
+PIECE = 1 << 20  # bytes inflated at a time
+
+
+class DeflateGuard(io.BufferedReader):
+    """A DICOM file for pydicom, which asks for all the rest of a file only where that is a deflated data set.
+
+    What would inflate to more than a scan can hold raises `Refused`; one piece at a time is inflated to find out.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As any file; see above."""
+        content = super().read(size)
+        if size is None or size < 0:
+            check_inflated(content)
+        return content
+
+
+def check_inflated(content: bytes) -> None:
+    """Raise `Refused` for a raw deflate stream that grows beyond what a scan can hold; damage is left to pydicom."""
+    limit = min(max(INFLATED_ANYWAY, INFLATED_TIMES * len(content)), INFLATED_MOST)
+    inflate, held = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    try:
+        for first in range(0, len(content), PIECE):
+            part = content[first : first + PIECE]
+            while part:
+                held += len(inflate.decompress(part, PIECE))
+                part = inflate.unconsumed_tail
+                if held > limit:
+                    raise Refused(f"its deflated data grows beyond {limit} bytes, more than a scan of its size holds")
+    except zlib.error:
+        return
 
 
 def check_codestream(frame: bytes, rows: int, columns: int) -> None:
@@ -116,4 +161,4 @@ def _check_jpeg_2000(frame: bytes, rows: int, columns: int) -> None:
         raise Refused("a compressed frame has a damaged header")
 
 
-__all__ = ["check_codestream"]
+__all__ = ["DeflateGuard", "check_codestream", "check_inflated"]

@@ -20,7 +20,7 @@ import numpy as np
 
 from .geometry_t3d import Volume, VolumeReadError
 from .volume_arithmetic_t3d import rescale
-from .volume_codestreams_t3d import check_codestream
+from .volume_codestreams_t3d import DeflateGuard, check_codestream
 from .volume_headers_t3d import archive_kind
 from .volume_slices_t3d import Refused, Slice, even_out, stack_slices
 
@@ -206,9 +206,12 @@ class _Folder:
                 if b"\x08\x00\x05\x00" in start:  # the character set, which a data set without preamble begins with
                     raise self.error("is a DICOM data set without the file preamble; convert it to a DICOM file", file)
                 return None
-            return pydicom.dcmread(self.files[file], **options)
+            with DeflateGuard(self.files[file]) as guarded:
+                return pydicom.dcmread(guarded, **options)
         except VolumeReadError:
             raise
+        except Refused as refused:
+            raise self.error(str(refused), file) from None
         except OSError as error:
             raise self.error(f"cannot be opened ({type(error).__name__}: {error.strerror})", file) from None
         except Exception as error:  # a damaged file can make the parser raise anything

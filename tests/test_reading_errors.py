@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -153,6 +154,40 @@ def test_a_deflated_stream_that_never_ends_is_cut_off(tmp_path):
     start = time.process_time()
     read_volume(tmp_path / "bomb.nii.gz")
     assert time.process_time() - start < 1
+    assert peak() - before < 32 << 20
+
+
+def deflated_with_more(path: Path, source: Path, more: int) -> None:
+    """A deflated DICOM file that holds another's data set and so many zeros behind its pixels."""
+    content = source.read_bytes()
+    (length,) = struct.unpack_from("<I", content, 132 + 8)  # of the file's meta information
+    start = 132 + 12 + length
+    plain = zlib.decompress(content[start:], -zlib.MAX_WBITS)
+    padding = struct.pack("<HH2sHI", 0xFFFC, 0xFFFC, b"OB", 0, more)
+    deflate = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    packed = deflate.compress(plain + padding)
+    for _ in range(more >> 20):
+        packed += deflate.compress(bytes(1 << 20))
+    path.write_bytes(content[:start] + packed + deflate.flush())
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_deflated_dicom_file_that_never_ends_is_refused(tmp_path, where):
+    """A kilobyte per megabyte of zeros: inflated by the piece until it is too much, never whole."""
+    stored = np.random.default_rng(0).integers(0, 3000, SHAPE).astype(np.uint16)
+    write_series(tmp_path / "plain", stored)
+    for file in (tmp_path / "plain").iterdir():
+        write_encoded(file, tmp_path / "scan" / file.name, "deflated")
+    last = tmp_path / "scan" / "001"
+    deflated_with_more(last, last, 1 << 20)
+    np.testing.assert_array_equal(read_volume(tmp_path / "scan").array, stored.astype(int) - 1024)
+    deflated_with_more(last, last, 200 << 20)
+    path = last if where == "file" else tmp_path / "scan"
+    assert last.stat().st_size < 1 << 18
+    before = reset_peak()
+    with pytest.raises(VolumeReadError, match="its deflated data grows beyond 67108864 bytes") as error:
+        read_volume(path)
+    assert str(error.value).startswith(str(path))
     assert peak() - before < 32 << 20
 
 
