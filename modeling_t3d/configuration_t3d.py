@@ -358,6 +358,9 @@ class T3DConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _refuse_unknown(self, kwargs)
+        if not type(self).__module__.startswith("transformers_modules."):
+            # Where the package is imported its own pipeline serves, and nobody is asked to trust the folder's code.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

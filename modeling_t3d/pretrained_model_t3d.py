@@ -20,9 +20,10 @@ from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DViewFusion
 from .restoration_t3d import T3DRestoration
 
 if TYPE_CHECKING:
-    # Never executed: the exporter of custom code follows the text of imports, and the Auto classes named below need
-    # these files in a folder whichever model was saved.
+    # Never executed: the exporter of custom code follows the text of imports, and what is named below needs these
+    # files in a folder whichever model was saved.
     from .modeling_pretraining_t3d import T3DForPreTraining  # noqa: F401
+    from .pipelines_t3d import ZeroShotVolumeClassificationPipeline  # noqa: F401
 
 # Transformers would name the saved class's own Auto class alone; a folder serves every model that can load from it.
 _AUTO_MAPS = {
@@ -36,6 +37,14 @@ _AUTO_MAPS = {
         "AutoModel": "modeling_t3d.T3DVisionModel",
         "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
     },
+}
+
+_CUSTOM_PIPELINES = {
+    "zero-shot-volume-classification": {
+        "impl": "pipelines_t3d.ZeroShotVolumeClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+        "type": "multimodal",
+    }
 }
 
 # Keys of a pre-training checkpoint carry one prefix more than those of the dual encoder.
@@ -96,8 +105,10 @@ class T3DPreTrainedModel(PreTrainedModel):
         return self.get_parameter(next(names)).dtype
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; the folder then answers to every Auto class that has a T3D model for it."""
+        """As in Transformers; the folder then answers to `pipeline` and every Auto class that have a use for it."""
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **_AUTO_MAPS[self.config.model_type]}
+        if isinstance(self.config, T3DConfig):
+            self.config.custom_pipelines = _CUSTOM_PIPELINES
         super().save_pretrained(*args, **kwargs)
 
     @classmethod

@@ -90,12 +90,13 @@ ALLOWED = {
     "processing_t3d": {"image_processing_t3d"},
     "layers_t3d": {"configuration_t3d", "encoders_t3d"},
     "modeling_outputs_t3d": set(),
-    # The head is named for the exporter of custom code alone: that import is never executed.
+    # The head and the pipeline are named for the exporter of custom code alone: those imports are never executed.
     "pretrained_model_t3d": {
         "configuration_t3d",
         "encoders_t3d",
         "layers_t3d",
         "modeling_pretraining_t3d",
+        "pipelines_t3d",
         "restoration_t3d",
     },
     "modeling_t3d": {

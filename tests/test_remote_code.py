@@ -14,7 +14,14 @@ import torch
 from tiny_checkpoint import tiny_processor, tiny_scan
 from transformers import AutoModelForZeroShotImageClassification, pipeline
 
-from modeling_t3d import T3DConfig, T3DForImageClassification, T3DForPreTraining, T3DModel, T3DVisionModel
+from modeling_t3d import (
+    T3DConfig,
+    T3DForImageClassification,
+    T3DForPreTraining,
+    T3DModel,
+    T3DVisionModel,
+    ZeroShotVolumeClassificationPipeline,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1] / "modeling_t3d"
 TASK = "zero-shot-volume-classification"
@@ -46,7 +53,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 
 settings = json.loads(sys.argv[1])
 trust = {"trust_remote_code": True}
-result = {}
+result = {"pipelines": []}
 with torch.no_grad():
     for folder, path in settings["folders"].items():
         config = AutoConfig.from_pretrained(path, **trust)
@@ -64,8 +71,10 @@ with torch.no_grad():
         dual_encoder = AutoModel.from_pretrained(path, **trust).eval()
         result[folder]["classes"].append(type(dual_encoder).__name__)
         result[folder]["output"] = dual_encoder(**inputs).logits_per_image
-    classifier = pipeline(settings["task"], model=settings["pipeline"], device="cpu", **trust)
-    result["pipeline"] = [classifier(settings["scan"], settings["labels"]), type(classifier).__module__]
+    for folder in settings["pipelines"]:
+        classifier = pipeline(settings["task"], model=folder, device="cpu", **trust)
+        scores = classifier(settings["scan"], settings["labels"])
+        result["pipelines"].append([scores, type(classifier).__module__])
 assert "modeling_t3d" not in sys.modules
 torch.save(result, settings["result"])
 """
@@ -79,7 +88,7 @@ AUTO_CLASSES = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Plain saves of each kind of model beside the processor, and of the pipeline."""
+    """Plain saves of each kind of model, two beside the processor, and of a pipeline."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("checkpoints")
     config = T3DConfig.from_preset("tiny", view_fusion="attention")
@@ -113,7 +122,7 @@ def remote(checkpoints, tmp_path_factory):
         "texts": [f"{label} is present." for label in LABELS],
         "labels": LABELS,
         "task": TASK,
-        "pipeline": str(root / "pipeline"),
+        "pipelines": [str(root / "dual_encoder"), str(root / "pipeline")],
         "result": str(empty / "result.pt"),
     }
     # Its own module cache: code of another run must not answer.
@@ -136,7 +145,7 @@ def test_folders_hold_the_files_that_travel_and_no_others(checkpoints):
     for name in AUTO_CLASSES:
         carried = {path.name for path in (root / name).glob("*.py")}
         assert carried <= travelling
-        assert "modeling_t3d.py" in carried
+        assert {"modeling_t3d.py", "pipelines_t3d.py"} <= carried
         for path in (root / name).glob("*.py"):
             siblings = {
                 f"{node.module}.py"
@@ -144,7 +153,6 @@ def test_folders_hold_the_files_that_travel_and_no_others(checkpoints):
                 if isinstance(node, ast.ImportFrom) and node.level
             }
             assert siblings <= carried, path.name
-    assert "pipelines_t3d.py" in {path.name for path in (root / "pipeline").glob("*.py")}
 
 
 def test_classes_come_from_the_folder(remote):
@@ -183,10 +191,11 @@ def test_inputs_and_outputs_are_the_same(checkpoints, remote, name):
 
 def test_pipeline_scores_are_the_same(checkpoints, remote):
     settings, result = remote
-    scores, module = result["pipeline"]
     classifier = pipeline(TASK, model=checkpoints[1]["dual_encoder"], processor=tiny_processor(), device="cpu")
-    assert scores == classifier(settings["scan"], LABELS)
-    assert module.startswith("transformers_modules.")
+    expected = classifier(settings["scan"], LABELS)
+    for scores, module in result["pipelines"]:
+        assert scores == expected
+        assert module.startswith("transformers_modules.")
 
 
 def test_where_the_package_is_installed_its_own_classes_win(checkpoints):
@@ -194,5 +203,7 @@ def test_where_the_package_is_installed_its_own_classes_win(checkpoints):
     for trust in (None, True):
         model = AutoModelForZeroShotImageClassification.from_pretrained(root / "pretraining", trust_remote_code=trust)
         assert type(model) is T3DModel
-    plain = pipeline(TASK, model=str(root / "pretraining"), device="cpu")
-    assert type(plain.model) is T3DModel
+    for folder in ("pretraining", "pipeline"):
+        plain = pipeline(TASK, model=str(root / folder), device="cpu")
+        assert type(plain) is ZeroShotVolumeClassificationPipeline
+        assert type(plain.model) is T3DModel
