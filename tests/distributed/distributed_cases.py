@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_t3d.configuration_t3d import T3DConfig
@@ -21,6 +22,13 @@ from modeling_t3d.training.gradient_caching import (
     cached_backward,
     split_pairs,
     withheld_loss_stage,
+)
+from modeling_t3d.training.sharding import (
+    average_replicated,
+    gradient_norm,
+    replicated_parameters,
+    shard_model,
+    unsynchronised,
 )
 
 NUM_PAIRS = 7
@@ -68,6 +76,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # Accumulated over two global micro-batches: what every objective does is the same, so some cases speak for all.
+# Sharding knows of objectives only which parameters they use.
+SHARDED = ("text, same query", "learnt temperature and soft targets", "attention over views", "restoration")
 ACCUMULATED = ("text, same query", "text, two negative pairs", "learnt temperature and soft targets")
 
 
@@ -189,6 +199,37 @@ def run_cached(dtype: torch.dtype = torch.float64, *, steps: int = 1, **override
         seed_draws()
         terms = cached_backward(wrapped, model, micro_batches, no_sync=no_sync_of(wrapped))
     return results_of(model, terms)
+
+
+def run_sharded(*, caches: bool = False, seeds: tuple[int, ...] = (1,), **overrides: Any) -> dict[str, Any]:
+    """Fully sharded parameters: the mean loss of some batches, or all pairs of one cached as one contrastive batch."""
+    model = build_model(**overrides)
+    if "batch" in overrides.values():
+        freeze_batch_norm(model)
+    whole = replicated_parameters(model)
+    sharded = shard_model(model, torch.device("cpu"))
+    parts = [parameter for parameter in sharded.parameters() if not any(parameter is other for other in whole)]
+    assert all(isinstance(parameter, DTensor) for parameter in parts)
+    assert all(parameter.device_mesh.size() == dist.get_world_size() for parameter in parts)
+    assert len(parts) > len(whole)
+    seed_draws()
+    batches = [own_share(build_batch(seed)) for seed in seeds]
+    if caches:
+        # Every process makes as many forward passes.
+        micro_batches = split_pairs(batches[0], (len(batches[0]["input_ids"]) + 1) // 2)
+        terms = cached_backward(sharded, sharded, micro_batches, no_sync=lambda: unsynchronised(sharded))
+    else:
+        terms = accumulated_backward(sharded, batches, no_sync=lambda: unsynchronised(sharded))
+        average_replicated(sharded)
+    results = results_of(sharded, terms)
+    gradients = results["gradients"]
+    results["sharded"] = [name for name, gradient in gradients.items() if isinstance(gradient, DTensor)]
+    results["norm"] = gradient_norm(list(gradients.values())).item()
+    results["gradients"] = {
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for name, gradient in gradients.items()
+    }
+    return results
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

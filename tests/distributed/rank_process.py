@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from distributed_cases import (
     ACCUMULATED,
     BATCH_NORM,
     CASES,
     DROPOUT,
     NUM_PAIRS,
+    SHARDED,
     own_share,
     run_accumulated,
     run_cached,
     run_plain,
+    run_sharded,
 )
 from trainer_cases import refusals, train
 
@@ -36,13 +39,32 @@ def run_all() -> dict[str, dict[str, Any]]:
     }
 
 
+def run_all_sharded() -> dict[str, dict[str, Any]]:
+    """Of four processes some have a single pair, and cannot cut it into as many micro-batches as the others."""
+    few = dist.get_world_size() == 2
+    runs = {"sharded": {case: run_sharded(**CASES[case]) for case in (SHARDED if few else SHARDED[:1])}}
+    if few:
+        runs["sharded and cached"] = {case: run_sharded(caches=True, **CASES[case]) for case in SHARDED}
+        runs["sharded and accumulated"] = {SHARDED[0]: run_sharded(seeds=(1, 2), **CASES[SHARDED[0]])}
+        runs["sharded, frozen batch norm"] = {"cached": run_sharded(caches=True, **BATCH_NORM)}
+    return runs
+
+
+def join(rank: int, world_size: int, store: str) -> None:
+    """Enter a new process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+
+
 def run_rank(rank: int, world_size: int, folder: str) -> None:
     """All runs on this rank's pairs, its results in a file."""
     torch.set_num_threads(1)
     # What a launcher would have set. The address is asked for, but the group meets in a file.
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost"}
     os.environ |= {name: str(value) for name, value in launched.items()}
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    join(rank, world_size, f"{folder}/store")
     strategy, refused = refusals()
     own_pairs = own_share({"pairs": torch.arange(NUM_PAIRS), "attention_mask": torch.ones(NUM_PAIRS, 9)})["pairs"]
     results = {
@@ -50,8 +72,12 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "strategy": strategy,
         "pairs": own_pairs,
         "refused": refused,
-        "runs": run_all(),
-        # The trainer ends the process group.
-        "trained": train(f"{folder}/cached", world_size, gradient_caching=True, caching_micro_batch_size=3),
+        "runs": run_all() | (run_all_sharded() if world_size > 1 else {}),
     }
+    # The trainer ends the process group.
+    caching = {"gradient_caching": True, "caching_micro_batch_size": 3}
+    results["trained"] = {"ddp": train(f"{folder}/ddp", world_size, strategy="ddp", **caching)}
+    if world_size == 2:
+        join(rank, world_size, f"{folder}/store_of_sharded")
+        results["trained"]["fsdp2"] = train(f"{folder}/fsdp2", world_size, strategy="fsdp2", **caching)
     torch.save(results, Path(folder) / f"rank_{rank}.pt")

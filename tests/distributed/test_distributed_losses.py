@@ -29,6 +29,8 @@ from rank_process import run_rank
 from safetensors.torch import load_file
 from trainer_cases import GLOBAL_BATCH_SIZE, train
 
+from modeling_t3d import T3DForPreTraining
+
 WORLD_SIZES = sorted(SIZES)
 
 
@@ -81,13 +83,18 @@ def test_values_and_gradients_equal_one_loss_in_a_single_process(ranks, single_p
         assert_same_gradients(result, expected)
 
 
-@pytest.mark.parametrize("case", ACCUMULATED)
-def test_accumulated_gradients_are_of_the_mean_loss_of_the_global_micro_batches(ranks, case):
+def mean_loss_of_two_batches(case: str) -> dict[str, Any]:
+    """The oracle of accumulation, in one process."""
     model = build_model(**CASES[case])
     torch.manual_seed(5)
-    losses = [model(**build_batch(seed)).loss for seed in (1, 2)]
-    torch.stack(losses).mean().backward()
-    expected = results_of(model, {"loss": torch.stack(losses).mean()})
+    loss = torch.stack([model(**build_batch(seed)).loss for seed in (1, 2)]).mean()
+    loss.backward()
+    return results_of(model, {"loss": loss})
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_accumulated_gradients_are_of_the_mean_loss_of_the_global_micro_batches(ranks, case):
+    expected = mean_loss_of_two_batches(case)
     for rank in ranks:
         result = rank["runs"]["accumulated"][case]
         assert result["terms"]["loss"] == pytest.approx(expected["terms"]["loss"], rel=1e-12)
@@ -107,6 +114,25 @@ def test_parameters_of_the_loss_stage_are_not_waited_for(ranks, single_process):
         assert_same_gradients(rank["runs"]["second step"]["cached"], single_process["text, same query"])
 
 
+@pytest.mark.parametrize("run", ["sharded", "sharded and cached"])
+def test_sharded_gradients_equal_the_single_process(ranks, single_process, run):
+    for rank in ranks:
+        if len(ranks) > 1 and run == "sharded":
+            assert rank["runs"][run]
+        for case, result in rank["runs"].get(run, {}).items():
+            assert "t3d.vision_model.encoder.conv1.weight" in result["sharded"]
+            assert result["terms"] == pytest.approx(single_process[case]["terms"], rel=1e-12)
+            assert_same_gradients(result, single_process[case])
+            gradients = single_process[case]["gradients"].values()
+            assert result["norm"] == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-12)
+
+
+def test_sharded_gradients_accumulate(ranks):
+    for rank in ranks:
+        for case, result in rank["runs"].get("sharded and accumulated", {}).items():
+            assert_same_gradients(result, mean_loss_of_two_batches(case))
+
+
 def test_dropout_is_the_same_in_both_passes_of_cached_gradients(ranks):
     expected = run_with_graph(len(ranks), **DROPOUT)
     without_dropout = run_plain()
@@ -124,9 +150,12 @@ def test_frozen_batch_norm_allows_caching(ranks):
     output.loss.backward()
     expected = results_of(model, {"loss": output.loss})
     for rank in ranks:
-        result = rank["runs"]["frozen batch norm"]["cached"]
-        assert result["terms"]["loss"] == pytest.approx(expected["terms"]["loss"], rel=1e-12)
-        assert_same_gradients(result, expected)
+        for run in ("frozen batch norm", "sharded, frozen batch norm"):
+            if run in rank["runs"]:
+                result = rank["runs"][run]["cached"]
+                assert result["terms"]["loss"] == pytest.approx(expected["terms"]["loss"], rel=1e-12)
+                assert_same_gradients(result, expected)
+    assert "frozen batch norm" in ranks[0]["runs"]
 
 
 def test_trainer_refuses_batch_norm_over_parts_of_a_batch(ranks):
@@ -149,26 +178,32 @@ def test_trainer_refuses_what_was_not_asked_for(ranks):
         assert f"training.num_processes=3, but {len(ranks)} were started" in refused["number of processes"]
         assert f"training.strategy=zero1, but {rank['strategy']} was started" in refused["strategy"]
         assert not refused["right number and strategy"]
+        assert "training.view_chunk_size lets processes make different numbers" in refused["chunked views, sharded"]
+        assert "training.caching_micro_batch_size lets" in refused["uneven micro-batches, sharded"]
         assert not refused["own samples"]
         if len(ranks) > 1:
             assert "samples twice" in refused["shared samples"]
             assert "different training data" in refused["different data"]
 
 
-def test_trainer_that_caches_ends_where_one_batch_in_one_process_ends(ranks, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_trainer_that_caches_ends_where_one_batch_in_one_process_ends(ranks, tmp_path, strategy):
+    if strategy not in ranks[0]["trained"]:
+        assert len(ranks) != 2
+        return
     seen = train(tmp_path, 1)
     assert len(seen) == 2 * GLOBAL_BATCH_SIZE
-    seen_by_ranks = [rank["trained"] for rank in ranks]
+    seen_by_ranks = [rank["trained"][strategy] for rank in ranks]
     assert sorted(sample for samples in seen_by_ranks for sample in samples) == sorted(seen)
     for samples, others in itertools.permutations(seen_by_ranks, 2):
-        half = len(samples) // 2
+        half = len(samples) // 2  # one step, one epoch
         assert not set(samples[:half]) & set(others[:half])
         assert not set(samples[half:]) & set(others[half:])
     expected = load_file(tmp_path / "model" / "model.safetensors")
-    weights = load_file(ranks[0]["folder"] / "cached" / "model" / "model.safetensors")
+    reloaded = T3DForPreTraining.from_pretrained(ranks[0]["folder"] / strategy / "model", dtype=torch.float64)
     initial = build_model(learnable_temperature=True).state_dict()
-    for name, value in expected.items():
-        assert (weights[name] - value).abs().max() <= 1e-10 * value.abs().max().clamp(min=1), name
+    for name, value in reloaded.state_dict().items():
+        assert (value - expected[name]).abs().max() <= 1e-10 * value.abs().max().clamp(min=1), name
     for name in ("t3d.logit_scale", "t3d.vision_model.encoder.conv1.weight"):
         assert (expected[name] - initial[name]).abs().max() > 1e-4, name
 

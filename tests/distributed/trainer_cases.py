@@ -101,6 +101,10 @@ def refusals() -> tuple[str, dict[str, str]]:
         "number of processes": start(num_processes=3),
         "strategy": start(strategy="zero1"),
         "right number and strategy": start(num_processes=world_size, strategy="ddp"),
+        "chunked views, sharded": wrap(view_chunk_size=2, strategy="fsdp2", batch_norm="frozen"),
+        "uneven micro-batches, sharded": wrap(
+            gradient_caching=True, caching_micro_batch_size=2, strategy="fsdp2", batch_norm="frozen", drop_last=False
+        ),
         "shared samples": refusal(refuse_shared_samples, accelerator, sampler(0)),
         "different data": refusal(refuse_shared_samples, accelerator, sampler(rank), rank),
         "own samples": refusal(refuse_shared_samples, accelerator, sampler(rank)),
