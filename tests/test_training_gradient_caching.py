@@ -132,3 +132,19 @@ def test_cached_steps_of_the_trainer_are_one_contrastive_batch():
         found[caches] = step_gradients(accelerator, wrapped, [tiny_batch(3, seed=1), tiny_batch(3, seed=2)], args)
     assert found[True]["loss_gca"] > found[False]["loss_gca"] + 0.3  # log 6 instead of log 3, less what is known
     assert found[True]["num_valid_anchors"] == 2 * found[False]["num_valid_anchors"]
+
+
+def test_half_precision_on_the_way():
+    """Under autocast the features are float32 where the stages meet, and the gradients those of one pass."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    found = []
+    for settings in ({}, {"gradient_caching": True, "caching_micro_batch_size": 2}):
+        args = T3DTrainingArguments("unused", **settings)
+        torch.manual_seed(0)
+        model = T3DForPreTraining(tiny_config()).eval()
+        step_gradients(accelerator, wrap_model(accelerator, model, args), [tiny_batch(6)], args)
+        found.append(gradients_of(model))
+    assert found[0].keys() == found[1].keys()
+    for part in ("vision_model.encoder.conv1.weight", "text_model.embeddings.word_embeddings.weight"):
+        one, other = (gradients[f"t3d.{part}"].flatten() for gradients in found)
+        assert torch.cosine_similarity(one, other, dim=0) > 0.99, part
