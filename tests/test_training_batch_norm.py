@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Batch norms are synchronised where that exists, frozen where asked, and refused elsewhere. Over several processes they
-are tested in `distributed`."""
+"""Batch norms are synchronised where that exists, frozen where asked, and refused elsewhere; `distributed` has the
+tests on several processes."""
 
 import pytest
 import torch
