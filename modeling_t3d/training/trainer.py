@@ -387,6 +387,7 @@ class T3DTrainer:
             "drop_last": self.args.drop_last,
             "pairs_per_step": self.pairs_per_step,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "gradient_caching": self.args.gradient_caching,
             "num_pairs": len(self.train_dataset),
             "order": self.sampler.identity,
             "data": getattr(self.train_dataset, "fingerprint", None),
