@@ -24,6 +24,7 @@ from modeling_t3d.data.collators import changing_collator, objective_collator
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
+from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.streaming import StreamingDataset
 from modeling_t3d.evaluation.encoding import evaluation_samples
 from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
@@ -134,6 +135,8 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
         texts=data.texts,
         descriptions=processor.finding_descriptions,
     )
+    if training.dataloader_num_workers:
+        collator = SharedBatchCollator(collator)
     if data.streaming:
         options["make_stream"] = partial(
             StreamingDataset,
