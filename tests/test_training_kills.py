@@ -13,18 +13,34 @@ import pytest
 from training_runs import (
     TrainingRuns,
     assert_same_weights,
+    launch,
     log_of,
     samples_by_step,
+    shared_runs,
+    status,
+    torchrun,
+    wait_until,
 )
+from training_stub import NUM_SAMPLES
+
+from modeling_t3d.training.checkpoints import list_checkpoints, verify_checkpoint
+from modeling_t3d.training.stopping import EXIT_STATUS_INTERRUPTED
 
 # Saving takes most of a step here: many kills fall into it.
 SETTINGS = {"save_steps": 1, "logging_steps": 1, "seconds": 0.005, "record": True}
 
 
-@pytest.fixture(scope="module")
-def runs():
-    with TrainingRuns() as server:
-        yield server
+@pytest.fixture
+def runs() -> TrainingRuns:
+    return shared_runs()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that nobody has waited for does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def assert_one_line_per_step(run: Path, num_steps: int) -> None:
@@ -38,9 +54,14 @@ def kill_and_resume(runs: TrainingRuns, folder: Path, num_processes: int, num_ki
     whole, run = folder / "whole", folder / "killed"
     assert runs.start(whole, num_processes, **settings).wait() == [0] * num_processes
     moments = random.Random(num_processes)
+    hold = folder / "hold"
+    hold.touch()
     for number in range(num_kills):
         steps_before = len(log_of(run))
-        process = runs.start(run, num_processes, resume=True, **settings)
+        epoch = steps_before // (NUM_SAMPLES // (4 * num_processes))
+        process = runs.start(
+            run, num_processes, resume=True, hold=str(hold), hold_epoch=epoch + moments.randint(2, 4), **settings
+        )
         process.wait_for(lambda before=steps_before: len(log_of(run)) > before + 1)
         time.sleep(moments.uniform(0, 0.1))
         victim = moments.choice(["rank", "all", "loader"])
@@ -50,7 +71,7 @@ def kill_and_resume(runs: TrainingRuns, folder: Path, num_processes: int, num_ki
             children[0].kill()
         else:
             process.signal(signal.SIGKILL, None if victim == "all" else moments.randrange(num_processes))
-        assert 0 not in process.wait(), f"kill {number}: it ended before it was killed\n{process.output()}"
+        assert not {0, None} & {*process.wait()}, f"kill {number}: {process.output()}"
     assert runs.start(run, num_processes, resume=True, **settings).wait() == [0] * num_processes
     assert_same_weights(whole, run)
     assert samples_by_step(run) == samples_by_step(whole)
@@ -60,6 +81,128 @@ def kill_and_resume(runs: TrainingRuns, folder: Path, num_processes: int, num_ki
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path, num_processes):
     kill_and_resume(runs, tmp_path, num_processes, 1, max_steps=40, dataloader_num_workers=1)
+
+
+def kill_in_saves(runs: TrainingRuns, folder: Path, file_events) -> None:
+    """Kill a run at certain events of its saves: every checkpoint that is left is whole, and nothing is lost."""
+    settings = {**SETTINGS, "max_steps": 100, "save_total_limit": 1, "save_steps": 2, "seconds": 0.0}
+    whole, run = folder / "whole", folder / "killed"
+    assert runs.start(whole, **settings).wait() == [0]
+    for event in file_events:
+        process = runs.start(run, resume=True, kill_at_file_event=event, **settings)
+        assert process.wait() == [-signal.SIGKILL], process.output()
+        for checkpoint in list_checkpoints(run):
+            verify_checkpoint(checkpoint)
+    assert runs.start(run, resume=True, **settings).wait() == [0]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000100"}
+    assert_same_weights(whole, run)
+    assert_one_line_per_step(run, 100)
+
+
+def test_killed_while_it_saves(runs, tmp_path):
+    kill_in_saves(runs, tmp_path, random.Random(0).sample(range(1, 40), 3))
+
+
+@pytest.mark.slow
+def test_killed_at_every_event_of_a_save(runs, tmp_path):
+    kill_in_saves(runs, tmp_path, range(1, 60))
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_running(runs, tmp_path):
+    settings = {**SETTINGS, "max_steps": 40, "save_steps": 3, "dataloader_num_workers": 1}
+    whole, run, hold = tmp_path / "whole", tmp_path / "killed", tmp_path / "hold"
+    hold.touch()
+    launcher = launch(run, *torchrun(2), num_processes=2, hold=str(hold), hold_epoch=4, **settings)
+    try:
+        wait_until(lambda: len(log_of(run)) >= 7 or launcher.poll() is not None, describe=lambda: "no steps")
+        orphans = psutil.Process(launcher.pid).children(recursive=True)
+        assert len(orphans) >= 4, "two ranks, each with a loader process"
+    finally:
+        launcher.kill()
+    wait_until(lambda: not any(is_alive(orphan) for orphan in orphans), describe=lambda: f"{orphans} live on")
+    assert "the launcher died" in launcher.communicate()[0]
+    assert status(run)["status"] in ("failed", "running")
+    assert runs.start(whole, 2, **settings).wait() == [0, 0]
+    assert runs.start(run, 2, resume=True, **settings).wait() == [0, 0]
+    assert_same_weights(whole, run)
+    assert samples_by_step(run) == samples_by_step(whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_other_while_it_waits_for_data(runs, tmp_path, victim):
+    """No collective fails here: the step would take an hour."""
+    run = runs.start(tmp_path / "run", 2, seconds=1000.0, dataloader_num_workers=1)
+    run.wait_for(lambda: (tmp_path / "run" / "status.json").exists())
+    run.wait_for(lambda: all(psutil.Process(process).children() for process in run.processes))
+    loaders = [loader for process in run.processes for loader in psutil.Process(process).children()]
+    run.signal(signal.SIGKILL, victim)
+    assert sorted(run.wait()) == [-signal.SIGKILL, 1]
+    cause = ("the main process died", "rank 1 died")[victim]
+    assert f"rank {1 - victim} stopped at step 0: {cause}; there is no checkpoint yet" in run.output()
+    assert "Traceback" not in run.output()
+    if victim == 1:
+        assert status(tmp_path / "run")["status"] == "failed"
+        assert status(tmp_path / "run")["cause"] == cause
+    wait_until(lambda: not any(is_alive(loader) for loader in loaders), describe=lambda: f"{loaders} live on")
+
+
+def test_a_second_run_refuses_and_the_first_goes_on(runs, tmp_path):
+    whole, run, hold = tmp_path / "whole", tmp_path / "run", tmp_path / "hold"
+    settings = {**SETTINGS, "max_steps": 12}
+    hold.touch()
+    first = runs.start(run, hold=str(hold), **settings)
+    first.wait_for(lambda: (run / "status.json").exists())
+    second = runs.start(run, resume=True, **settings)
+    assert second.wait() == [1]
+    assert f"{run}: a run lives in it, process {first.processes[0]} on" in second.output()
+    assert "Traceback" not in second.output()
+    hold.unlink()
+    assert first.wait() == [0], first.output()
+    assert runs.start(whole, **settings).wait() == [0]
+    assert_same_weights(whole, run)
+
+
+def test_signals_write_a_checkpoint_and_an_exit_status(runs, tmp_path):
+    """To the whole group and twice, as launchers and schedulers send them: loader processes stay until it is saved."""
+    settings = {**SETTINGS, "max_steps": 30, "save_steps": None, "dataloader_num_workers": 1}
+    whole, run, hold = tmp_path / "whole", tmp_path / "stopped", tmp_path / "hold"
+    for epoch, number in enumerate((signal.SIGTERM, signal.SIGINT), start=1):
+        hold.touch()
+        process = runs.start(run, resume=True, hold=str(hold), hold_epoch=2 * epoch, **settings)
+        # Ten steps in two epochs; the next one waits for its data.
+        process.wait_for(lambda epoch=epoch: len(log_of(run)) >= 10 * epoch)
+        loaders = psutil.Process(process.processes[0]).children()
+        for loader in loaders:
+            loader.send_signal(number)
+        process.signal(number)
+        process.wait_for(lambda process=process, number=number: number.name in process.output())
+        if number == signal.SIGTERM:
+            process.signal(number)
+        hold.unlink()
+        assert process.wait() == [EXIT_STATUS_INTERRUPTED], process.output()
+        assert status(run)["status"] == "interrupted"
+        assert status(run)["cause"] == number.name
+        assert [folder.name for folder in list_checkpoints(run)][-1] == f"step-{status(run)['step']:08d}"
+        assert not (run / "model").exists()
+    for folder in (whole, run):
+        assert runs.start(folder, resume=True, **settings).wait() == [0]
+    assert_same_weights(whole, run)
+    assert_one_line_per_step(run, 30)
+
+
+def test_a_signal_to_one_rank_stops_both(runs, tmp_path):
+    settings = {**SETTINGS, "max_steps": 12}
+    whole, run, hold = tmp_path / "whole", tmp_path / "stopped", tmp_path / "hold"
+    hold.touch()
+    process = runs.start(run, 2, hold=str(hold), hold_epoch=2, **settings)
+    process.wait_for(lambda: len(log_of(run)) >= 4)
+    process.signal(signal.SIGTERM, 1)
+    process.wait_for(lambda: "SIGTERM" in process.output())
+    hold.unlink()
+    assert process.wait() == [EXIT_STATUS_INTERRUPTED] * 2, process.output()
+    for folder in (whole, run):
+        assert runs.start(folder, 2, resume=True, **settings).wait() == [0, 0]
+    assert_same_weights(whole, run)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
 fraction of a second instead of several. `launch` starts them with torchrun as users do.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,14 @@ class TrainingRuns:
         return Run(self, processes, outputs, store)
 
 
+@cache
+def shared_runs() -> TrainingRuns:
+    """One server for all test files."""
+    server = TrainingRuns().__enter__()
+    atexit.register(server.__exit__)
+    return server
+
+
 def wait_until(
     condition: Callable[[], Any], *, describe: Callable[[], str], at_failure: Callable[[], Any] = lambda: None
 ) -> None:
@@ -252,6 +262,8 @@ def _become(request: dict[str, Any]) -> None:
         for name, value in request["limits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
         code = training_stub.main(request["output_dir"], request["settings"])
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         traceback.print_exc()
     finally:

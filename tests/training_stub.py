@@ -6,6 +6,8 @@ The model has dropout and a learnt temperature, so that a run that loses its ran
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from modeling_t3d.training.arguments import T3DTrainingArguments, from_mapping
+from modeling_t3d.training.session import errors_in_one_line
 from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
 
 NUM_SAMPLES = 23
@@ -61,12 +64,15 @@ class StubDataset(Dataset):
     """
     Samples that depend on their key; `seen` holds the indices in the order in which they were asked for.
 
-    With a `folder`, a sample is also added what its file there says.
+    With a `folder`, a sample is also added what its file there says. From epoch `hold_epoch` on, samples wait as long
+    as there is a file `hold`: nothing that a test does to such a run comes too late.
     """
 
-    def __init__(self, seconds: float = 0.0, folder: str | None = None):
+    def __init__(self, seconds: float = 0.0, folder: str | None = None, hold: str | None = None, hold_epoch: int = 0):
         self.seconds = seconds
         self.folder = folder
+        self.hold = hold
+        self.hold_epoch = hold_epoch
         self.seen: list[int] = []
 
     def __len__(self):
@@ -75,6 +81,8 @@ class StubDataset(Dataset):
     def __getitem__(self, key):
         self.seen.append(key.sample)
         time.sleep(self.seconds)
+        while self.hold and key.epoch >= self.hold_epoch and Path(self.hold).exists():
+            time.sleep(0.01)
         generator = torch.Generator().manual_seed(key.epoch * 1000 + key.sample)
         offset = float((Path(self.folder) / f"{key.sample}.txt").read_text()) if self.folder else 0.0
         return torch.randn(4, generator=generator) + offset, torch.tensor(float(key.sample % 3)), key.sample
@@ -91,10 +99,14 @@ def validate(model) -> dict[str, float]:
     return {"score": model.projection.weight.sum().item()}
 
 
-def build_trainer(
-    output_dir, *, seconds: float = 0.0, dropout: float = 0.3, evaluate=None, folder=None, record=False, **settings
-) -> T3DTrainer:
-    """A trainer on the stub; `settings` are training arguments. `record` notes which samples each step had."""
+def build_trainer(output_dir, *, dropout: float = 0.3, evaluate=None, record: bool = False, **settings) -> T3DTrainer:
+    """
+    A trainer on the stub; `settings` are those of [`StubDataset`] and training arguments. `record` notes which samples
+    each step had.
+    """
+    dataset = StubDataset(
+        **{name: settings.pop(name) for name in ("seconds", "folder", "hold", "hold_epoch") if name in settings}
+    )
     defaults = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,
@@ -116,9 +128,23 @@ def build_trainer(
             file.write(line + "\n")
         return batch
 
-    dataset = StubDataset(seconds, folder)
     trainer = T3DTrainer(model, args, dataset, collate, evaluate=evaluate, batch_transform=note if record else None)
     return trainer
+
+
+def kill_at_file_event(trainer: T3DTrainer, number: int) -> None:
+    """Die when a checkpoint's file or folder is opened, made, renamed or removed for the `number`-th time."""
+    first_step = trainer.state.step
+    events = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+    def hook(event, arguments):
+        nonlocal number
+        if event in events and "/checkpoints/" in str(arguments[0]) and trainer.state.step > first_step:
+            number -= 1
+            if number == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def main(output_dir: str, settings: dict) -> int:
@@ -126,8 +152,12 @@ def main(output_dir: str, settings: dict) -> int:
     torch.set_num_threads(1)
     resume = settings.pop("resume", False)
     evaluate = validate if settings.pop("validate", False) else None
+    file_event = settings.pop("kill_at_file_event", None)
     trainer = build_trainer(output_dir, evaluate=evaluate, **settings)
-    result = trainer.train(resume=resume)
+    if file_event is not None:
+        kill_at_file_event(trainer, file_event)
+    with errors_in_one_line():
+        result = trainer.train(resume=resume)
     seen = Path(output_dir) / f"seen_{trainer.accelerator.process_index}.json"
     seen.write_text(json.dumps(trainer.train_dataset.seen))
     return 0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED

@@ -21,6 +21,7 @@ from .files import (
     hash_file,
     replace_folder,
     restore_replaced,
+    write_text,
     write_text_atomically,
     write_with,
 )
@@ -127,11 +128,11 @@ def write_checkpoint(
     partial = target.with_name(f"{PARTIAL_PREFIX}{fence}-{target.name}")
     # Collective where the model is sharded, so on all processes and before anything can fail on one.
     shared = {MODEL_FILE: model_tensors(model), OPTIMIZER_FILE: optimizer_state(optimizer)}
-    with processes.together():
-        if processes.is_main:
-            remove_partial(output_dir, fence)
-            partial.mkdir(parents=True)
     try:
+        with processes.together():
+            if processes.is_main:
+                remove_partial(output_dir, fence)
+                partial.mkdir(parents=True)
         with processes.together():
             _save(random_state(), partial / _random_state_file(processes.rank))
             if processes.is_main:
@@ -139,7 +140,7 @@ def write_checkpoint(
                 _save(shared[OPTIMIZER_FILE], partial / OPTIMIZER_FILE)
                 for name, part in (extra or {}).items():
                     _save(part.state_dict(), partial / f"{name}.pt")
-                (partial / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+                write_text(partial / STATE_FILE, json.dumps(state, indent=2))
                 if add_files is not None:
                     add_files(partial)
         with processes.together():
@@ -185,7 +186,7 @@ def write_manifest(folder: Path) -> None:
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files
     }
-    (folder / MANIFEST_FILE).write_text(_manifest_text(entries), encoding="utf-8")
+    write_text(folder / MANIFEST_FILE, _manifest_text(entries))
     flush_folder(folder)
 
 

@@ -17,10 +17,15 @@ _FORMER_PREFIX = f"{PARTIAL_PREFIX}former-"
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, and name it if the system refuses."""
+    write_with(path, lambda file: file.write(text.encode()))
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file that is never half there."""
     temporary = path.with_name(f"{PARTIAL_PREFIX}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    write_text(temporary, text)
     flush(temporary)
     os.replace(temporary, path)
 
@@ -78,14 +83,16 @@ def write_with(path: Path, write: Callable[[Any], Any]) -> None:
         path (`Path`): the file.
         write (callable): called with a binary file to write into.
     """
-    with path.open("wb") as file:
-        recorder = _ErrorRecorder(file)
-        try:
-            write(recorder)
-        except Exception:
-            if recorder.error is not None:
-                raise OSError(recorder.error.errno, recorder.error.strerror, str(path)) from None
+    errors: list[OSError] = []
+    try:
+        with path.open("wb") as file:
+            write(_ErrorRecorder(file, errors))
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else next(iter(errors), None)
+        if cause is None:
             raise
+        # What is still in a buffer fails without the file's name.
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def as_system_error(error: Exception, path: Path) -> OSError | None:
@@ -95,24 +102,24 @@ def as_system_error(error: Exception, path: Path) -> OSError | None:
 
 
 class _ErrorRecorder:
-    """A binary file that remembers what went wrong."""
+    """A binary file that notes what went wrong."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, errors: list[OSError]) -> None:
         self.file = file
-        self.error: OSError | None = None
+        self.errors = errors
 
     def write(self, data: Any) -> int:
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error
+            self.errors.append(error)
             raise
 
     def flush(self) -> None:
         try:
             self.file.flush()
         except OSError as error:
-            self.error = error
+            self.errors.append(error)
             raise
 
 
@@ -130,6 +137,7 @@ __all__ = [
     "is_disk_full",
     "replace_folder",
     "restore_replaced",
+    "write_text",
     "write_text_atomically",
     "write_with",
 ]

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
 _CONNECT_SECONDS = 120.0
+_TIDY_SECONDS = 10.0
 _LEAVE = "leave"
 _TOKEN_BYTES = 16
 _RANK_BYTES = 4
@@ -30,8 +31,8 @@ class ProcessWatch:
 
     Every process keeps a connection to the main one. The operating system closes it when a process dies, whatever
     killed it and however busy the other side is; that of a machine that vanished is found dead by keep-alive probes
-    after 25 s. A process that fails says why before it closes. A launcher that dies leaves its processes to another
-    parent, which each looks at every 2 s.
+    after 25 s. A process that fails says why before it closes; the others then have 10 s to tidy up. A launcher that
+    dies leaves its processes to another parent, at which each looks every 2 s.
 
     Args:
         processes ([`ProcessGroup`]): of the run; one alone is watched for its launcher only.
@@ -43,6 +44,8 @@ class ProcessWatch:
         self.on_death = on_death
         self._lock = threading.Lock()
         self._left = threading.Event()
+        self._is_known = threading.Event()
+        self._cause: str | None = None
         self._peers: dict[int, socket.socket] = {}
 
     def __enter__(self) -> "ProcessWatch":
@@ -59,6 +62,11 @@ class ProcessWatch:
         self.announce(_LEAVE)
         for peer in self._peers.values():
             peer.close()
+
+    def wait_for_cause(self, seconds: float) -> str | None:
+        """Why another process or the launcher is gone, as soon as it is known; `None` if it is not by then."""
+        self._is_known.wait(seconds)
+        return self._cause
 
     def announce(self, cause: str) -> bool:
         """
@@ -123,7 +131,11 @@ class ProcessWatch:
         if cause == _LEAVE or self._left.is_set():
             return
         name = "the main process" if rank == 0 else f"rank {rank}"
-        self._die(f"{name} failed: {cause}" if cause else f"{name} died")
+        if cause:
+            self._cause = f"{name} failed: {cause}"
+            self._is_known.set()
+            self._left.wait(_TIDY_SECONDS)
+        self._die(self._cause or f"{name} died")
 
     def _watch_parent(self, parent: int) -> None:
         while not self._left.wait(_POLL_SECONDS):

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,26 +81,33 @@ class RunSession:
             write_text_atomically(self.output_dir / "status.json", json.dumps(values))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is not None and self._close is not None:
-            cause = describe_error(error)
-            self._wait_for_cause(error)
-            logger.error("%s", self._last_words(cause, error))
-            error.is_reported = True  # type: ignore[attr-defined]
-            self.watch.announce(cause)
-            self._try_to_write_failure(cause)
-            with suppress(Exception):
+        try:
+            if error is not None and self._close is not None:
+                self._fail(error, self._close)
+            elif self._close is not None:
                 self._close()
-        elif self._close is not None:
-            self._close()
-        self._close = None
-        self.watch.__exit__(kind, error, traceback)
-        if self.processes.is_main:
-            self.lock.release()
+        finally:
+            self._close = None
+            self.watch.__exit__(kind, error, traceback)
+            if self.processes.is_main:
+                self.lock.release()
 
-    def _wait_for_cause(self, error: BaseException) -> None:
-        """A connection that broke: whoever broke it is about to be known, and this process to be ended with that."""
+    def _fail(self, error: BaseException, close: Callable[[], Any]) -> None:
+        """Say in one line why the run ends; where another process is why, raise that in place of its consequences."""
+        foreign = None
         if self.processes.size > 1 and isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            time.sleep(_CAUSE_SECONDS)
+            # A connection that broke: why the other side closed it is known already, or about to be.
+            foreign = self.watch.wait_for_cause(_CAUSE_SECONDS)
+        cause = foreign or describe_error(error)
+        logger.error("%s", self._last_words(cause, error))
+        self.watch.announce(cause)
+        self._try_to_write_failure(cause)
+        with suppress(Exception):
+            close()
+        reported: Any = OtherProcessError(foreign) if foreign else error
+        reported.is_reported = True
+        if foreign:
+            raise reported from error
 
     def _end(self, cause: str) -> None:
         """End this process at once: its other threads may wait for one that is dead."""

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # sysexits' "temporary failure, try again": what a scheduler may requeue on.
 EXIT_STATUS_INTERRUPTED = 75
+_POLL_SECONDS = 2.0
 
 
 class StopRequest:
@@ -94,9 +95,11 @@ def obey_parent_alone(worker: int) -> None:
 
 
 def _wait_for_parent(parent: int) -> None:
-    """SIGTERM is held in all threads of a worker; here it is taken, and its sender known."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    """SIGTERM is held in all threads of a worker; here it is taken, and its sender known. Ends the worker."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, _POLL_SECONDS)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)
 
 

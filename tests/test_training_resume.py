@@ -1,0 +1,185 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""What a resumed run goes on with: the order of samples on any number of processes, trackers without a step twice or
+missing, the best checkpoint, hours that end and go on."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import TrainingRuns, assert_same_weights, log_of, samples_by_step, shared_runs, status
+from training_stub import StubModel, build_trainer, validate
+
+from modeling_t3d.training.arguments import ConfigurationError
+from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints, read_state
+
+
+@pytest.fixture
+def runs() -> TrainingRuns:
+    return shared_runs()
+
+
+def test_another_number_of_processes_sees_the_same_samples(runs, tmp_path):
+    """Eight pairs a step, of one process, then of two, then of four, then of one again: three epochs."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = {"record": True, "save_steps": 1}
+    assert runs.start(whole, **settings, per_device_train_batch_size=8, max_steps=6).wait() == [0]
+    for num_processes, max_steps in ((1, 1), (2, 3), (4, 5), (1, 6)):
+        options = {"per_device_train_batch_size": 8 // num_processes, "max_steps": max_steps, "resume": True}
+        part = runs.start(run, num_processes, **settings, **options)
+        assert part.wait() == [0] * num_processes, part.output()
+    samples = samples_by_step(whole)
+    assert list(samples) == list(range(6))
+    assert all(len(set(samples[step] + samples[step + 1])) == 16 for step in (0, 2, 4)), "two steps an epoch"
+    assert samples_by_step(run) == samples
+    assert "dropout differs" in part.output()
+
+
+def scalars_of(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: tag -> steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(output_dir / "tracker"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_trackers_show_every_step_once(runs, tmp_path):
+    """Killed between checkpoints, twice: what was logged beyond them is shown once, as the run took it in the end."""
+    settings = {
+        "max_steps": 30,
+        "save_steps": 4,
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "trackers": ["tensorboard"],
+        "validate": True,
+    }
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    hold = tmp_path / "hold"
+    hold.touch()
+    # Checkpoints fall on steps 4, 8, ..., epochs on 5, 10, ...
+    for epoch in (2, 5):
+        process = runs.start(run, resume=True, hold=str(hold), hold_epoch=epoch, **settings)
+        process.wait_for(lambda epoch=epoch: any(line["step"] >= 5 * epoch for line in log_of(run)))
+        process.signal(signal.SIGKILL)
+        assert process.wait() == [-signal.SIGKILL]
+    for folder in (whole, run):
+        assert runs.start(folder, resume=True, **settings).wait() == [0]
+    expected, shown = scalars_of(whole), scalars_of(run)
+    assert [step for step, _ in shown["train/loss"]] == list(range(1, 31))
+    assert [step for step, _ in shown["validation/score"]] == list(range(2, 31, 2))
+    for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "validation/score"):
+        assert shown[tag] == expected[tag], tag
+    for kind, name in (("train", "loss"), ("validation", "score")):
+        logs = [
+            [(line["step"], line[name]) for line in log_of(folder) if line["kind"] == kind] for folder in (whole, run)
+        ]
+        assert logs[0] == logs[1]
+
+
+def test_validation_leaves_training_alone(runs, tmp_path):
+    settings = {"max_steps": 12, "save_steps": None, "dataloader_num_workers": 1}
+    assert runs.start(tmp_path / "without", **settings).wait() == [0]
+    assert runs.start(tmp_path / "with", validate=True, eval_steps=2, **settings).wait() == [0]
+    assert_same_weights(tmp_path / "without", tmp_path / "with")
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    scores = iter([0.1, 0.7, 0.7, 0.3, 0.5, 0.2])
+    trainer = build_trainer(
+        tmp_path,
+        evaluate=lambda model: {"score": next(scores)},
+        eval_steps=2,
+        save_steps=6,
+        save_total_limit=1,
+        metric_for_best_model="score",
+    )
+    trainer.train()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000012"]
+    assert (trainer.state.best_step, trainer.state.best_metric) == (4, 0.7)
+    assert read_state(list_checkpoints(tmp_path)[0])["metrics"] == {"score": 0.7}
+    best = StubModel.from_pretrained(list_checkpoints(tmp_path)[0])
+    last = StubModel.from_pretrained(tmp_path / "model")
+    assert not torch.equal(best.projection.weight, last.projection.weight)
+    resumed = build_trainer(
+        tmp_path,
+        evaluate=lambda model: {"score": 0.6},
+        eval_steps=2,
+        max_steps=16,
+        save_total_limit=1,
+        metric_for_best_model="score",
+    )
+    resumed.train(resume=True)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
+
+
+def test_a_loss_is_best_where_it_is_low(tmp_path):
+    losses = iter([0.5, 0.2, 0.3])
+    settings = {"metric_for_best_model": "loss", "greater_is_better": False, "save_total_limit": 1, "eval_steps": 4}
+    build_trainer(tmp_path, evaluate=lambda model: {"loss": next(losses)}, **settings).train()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000008", "step-00000012"]
+
+
+def test_a_metric_that_no_validation_has_is_named(tmp_path):
+    trainer = build_trainer(tmp_path, evaluate=validate, metric_for_best_model="scores")
+    with pytest.raises(ConfigurationError, match="metric_for_best_model='scores' is none of the validation's score"):
+        trainer.train()
+
+
+def test_hours_that_end_go_on_later(tmp_path):
+    """Every run has time for one step; six of them come to the same as one that has time enough."""
+    build_trainer(tmp_path / "whole", max_steps=6).train()
+    run = tmp_path / "run"
+    for step in range(1, 7):
+        result = build_trainer(run, max_steps=6, max_hours=1e-9).train(resume=True)
+        assert (result.status, result.state.step) == ("interrupted", step)
+        assert status(run)["cause"] == "max_hours"
+    assert build_trainer(run, max_steps=6, max_hours=1e-9).train(resume=True).status == "completed"
+    assert_same_weights(tmp_path / "whole", run)
+    assert [line["step"] for line in log_of(run) if line["kind"] == "train"] == list(range(1, 7))
+
+
+def test_what_else_a_run_keeps_is_resumed_too(tmp_path):
+    class Counter:
+        def __init__(self):
+            self.count = torch.zeros(())
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    trainer = build_trainer(tmp_path, max_steps=4)
+    trainer.extra_state["counter"] = Counter()
+    trainer.extra_state["counter"].count += 3
+    trainer.extra_state["scaler"] = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.train()
+    resumed = build_trainer(tmp_path, max_steps=8)
+    resumed.extra_state["counter"] = Counter()
+    resumed.extra_state["scaler"] = torch.amp.GradScaler("cpu", init_scale=2.0)
+    resumed.train(resume=True)
+    assert resumed.extra_state["counter"].count == 3
+    assert resumed.extra_state["scaler"].get_scale() == 8.0
+    other = build_trainer(tmp_path, max_steps=12)
+    other.extra_state["average"] = Counter()
+    with pytest.raises(CheckpointError, match="step-00000008: holds no average; resume with the configuration"):
+        other.train(resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_intact_one_named(tmp_path):
+    build_trainer(tmp_path, max_steps=12, save_steps=4, save_total_limit=3).train()
+    for step, name in ((12, "optimizer.pt"), (8, "random_state_0.pt")):
+        path = tmp_path / "checkpoints" / f"step-{step:08d}" / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    message = (
+        r"step-00000012: optimizer\.pt is not what was written; remove this folder to resume from step-00000004, the "
+        "newest intact checkpoint before it"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        build_trainer(tmp_path, max_steps=16).train(resume=True)
