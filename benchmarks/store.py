@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.store import VolumeStore
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.prepared_volume_t3d import PreparedVolume
@@ -225,27 +226,32 @@ class Views(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         prepared = self.store.open(KEYS[index % len(KEYS)])
         kept = self.store.keep(KEYS[index % len(KEYS)], self.processor.global_key(), lambda: self._global(prepared))
         values = torch.from_numpy(np.asarray(kept.array, dtype=np.float32))
         views = self.processor.make_views(prepared, 4, index)
-        return self.processor.global_view(prepared, values), views.pixel_values
+        return {
+            "pixel_values": self.processor.global_view(prepared, values),
+            "local_pixel_values": views.pixel_values,
+        }
 
     def _global(self, prepared: PreparedVolume) -> PreparedVolume:
         values = np.rint(self.processor.global_values(prepared).numpy()).astype(np.int16)
         return PreparedVolume(values, np.eye(4), whole_volume_mask(values.shape))
 
 
-def limit_threads(_: int) -> None:
-    """One thread per loader process."""
-    torch.set_num_threads(1)
+def only_item(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of one."""
+    (item,) = items
+    return item
 
 
 def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, repetitions: int, seed: int) -> list[str]:
-    """Rows of the table of loader processes; the numbers of workers take turns."""
+    """Rows of the table of loader processes; numbers of workers and ways out of a worker take turns."""
     processor = T3DImageProcessor(global_size=(64, 128, 128), local_size=(64, 128, 128))
-    rates: dict[int, list[float]] = {count: [] for count in workers}
+    ways = {"blocks used again": SharedBatchCollator(only_item), "new memory for every batch": only_item}
+    rates: dict[tuple[str, int], list[float]] = {(way, count): [] for way in ways for count in workers}
     with tempfile.TemporaryDirectory() as name:
         store = VolumeStore.create(name, processor)
         for number, key in enumerate(KEYS):
@@ -253,26 +259,29 @@ def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, rep
         for index in range(len(KEYS)):
             Views(Path(name), processor, len(KEYS))[index]
         for _ in range(repetitions):
-            for count in workers:
+            for way, count in rates:
                 loader = DataLoader(
-                    Views(Path(name), processor, (items + 2) * count),
-                    batch_size=None,
+                    Views(Path(name), processor, (items + 4) * count),
+                    batch_size=1,
+                    collate_fn=ways[way],
                     num_workers=count,
-                    worker_init_fn=limit_threads,
                 )
                 batches = iter(loader)
-                for _ in range(2 * count):  # processes are up, files are in the page cache
+                for _ in range(4 * count):  # processes are up, files are in the page cache
                     next(batches)
                 begun = time.perf_counter()
                 for _ in batches:
                     pass
-                rates[count].append(items * count / (time.perf_counter() - begun))
-    medians = {count: statistics.median(values) for count, values in rates.items()}
+                rates[way, count].append(items * count / (time.perf_counter() - begun))
+    medians = {case: statistics.median(values) for case, values in rates.items()}
     first = min(workers)
-    rows = ["| workers | items per second, median | of linear |", "| --- | --- | --- |"]
+    rows = [
+        "| batches leave a worker in | workers | items per second, median | of linear |",
+        "| --- | --- | --- | --- |",
+    ]
     rows += [
-        f"| {count} | {medians[count]:.1f} | {medians[count] / medians[first] * first / count:.2f} |"
-        for count in workers
+        f"| {way} | {count} | {rate:.1f} | {rate / medians[way, first] * first / count:.2f} |"
+        for (way, count), rate in medians.items()
     ]
     return rows
 
@@ -324,7 +333,8 @@ def main() -> None:
             "",
             "## Loader",
             "",
-            "An item is a kept global view of 64 x 128 x 128 and four local views of 64 x 128 x 128.",
+            "An item is a kept global view of 64 x 128 x 128 and four local views of 64 x 128 x 128. The process that "
+            "receives them needs a core too: with as many workers as cores they share it.",
             "",
             *measure_loader((160, 320, 320), counts, arguments.items, arguments.repetitions, arguments.seed),
         ]
