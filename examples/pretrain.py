@@ -6,14 +6,15 @@
     accelerate launch examples/pretrain.py --config my.yaml --resume training.max_steps=2000 model.preset=base
 
 Settings are documented in `modeling_t3d/training/arguments.py`, manifests in `modeling_t3d/data/manifest.py`. A run
-that a signal or `--max-hours` stops writes a checkpoint and exits with status 75 (under a launcher, see `status.json` in
-its folder); `--resume` continues it.
+that a signal or `--max-hours` stops writes a checkpoint and exits with status 75 (under a launcher, see `status.json`
+in its folder); `--resume` continues it.
 """
 
 import argparse
 import logging
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.streaming import StreamingDataset
 from modeling_t3d.evaluation.encoding import evaluation_samples
+from modeling_t3d.evaluation.leak import measure_leak
+from modeling_t3d.evaluation.restoration import measure_restoration
 from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
 from modeling_t3d.processing_t3d import read_descriptions
 from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
@@ -36,6 +39,9 @@ from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
 from modeling_t3d.training.validation import ValidationLosses
 
 logger = logging.getLogger("pretrain")
+
+# Validation batches whose views are shuffled: the control costs two passes over each.
+NUM_LEAK_BATCHES = 4
 
 
 def build_processor(settings: PretrainingConfiguration, reports: list[str]) -> T3DProcessor:
@@ -72,13 +78,25 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
 
 
 def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator, processor, batch_size: int):
-    """Losses on held-out pairs and, where the manifest has labels, zero-shot AUROC."""
+    """Losses on held-out pairs, the leak control and, where the manifest has labels, zero-shot AUROC."""
     losses = ValidationLosses(held_out, collator, batch_size)
+    # Views are shuffled within a process's batch.
+    shuffles = losses.sampler().batch_size > 1
     findings = list(dict.fromkeys(name for row in held_out.rows for name in row.labels))
     prompts = make_prompts(findings, descriptions=processor.finding_descriptions)
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         metrics = losses(model)
+        if model.config.lambda_tma and shuffles:
+            report = measure_leak(model, islice(losses.batches(), NUM_LEAK_BATCHES))
+            logger.info("leak control: %s", report.describe())
+            metrics["loss_tma_shuffled"] = report.loss_shuffled
+            if report.leak is not None:
+                metrics["tma_leak"] = report.leak
+        if model.config.lambda_tir and shuffles:
+            restored = measure_restoration(model, islice(losses.batches(), NUM_LEAK_BATCHES))
+            logger.info("restoration control: %s", restored.describe())
+            metrics["loss_tir_shuffled"] = restored.loss_shuffled
         if prompts:
             views = None if model.config.view_fusion == "global" else processor.image_processor.num_local_views
             samples = evaluation_samples(held_out, views=views)

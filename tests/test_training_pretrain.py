@@ -80,6 +80,7 @@ def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
     assert {"loss", "loss_gca", "loss_tma", "num_valid_anchors", "num_skipped_pairs"} < log[0].keys()
     assert log[-1]["kind"] == "validation"
     assert 0 <= log[-1]["macro_auroc"] <= 1
+    assert 0 < log[-1]["loss_tma_shuffled"] < 10  # the leak control, whose ratio a few steps leave undefined
     folder = tmp_path / "run" / "model"
     config = T3DConfig.from_pretrained(folder)
     assert config.provenance["training_data"] == ["phantoms: synthetic thorax-abdomen CT phantoms"]

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """The training losses on held-out pairs, the validation that every manifest allows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,28 +33,35 @@ class ValidationLosses:
         self.collator = collator
         self.batch_size = min(batch_size, len(dataset))
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Means over the pairs of all processes."""
+    def sampler(self) -> ShardedBatchSampler:
+        """This process's samples, batch by batch."""
         distributed = torch.distributed.is_initialized()
         num_processes = torch.distributed.get_world_size() if distributed else 1
-        sampler = ShardedBatchSampler(
+        return ShardedBatchSampler(
             len(self.dataset),
             max(1, min(self.batch_size, len(self.dataset) // num_processes)),
             num_processes=num_processes,
             process_index=torch.distributed.get_rank() if distributed else 0,
             shuffle=False,
         )
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's batches; every process has as many, of the same size."""
+        for keys in self.sampler():
+            yield self.collator([self.dataset[key] for key in keys])
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Means over the pairs of all processes."""
         device = next(model.parameters()).device
         sums: dict[str, float] = {}
-        num_pairs = 0
-        for keys in sampler:
-            batch = self.collator([self.dataset[key] for key in keys])
+        num_batches = 0
+        for batch in self.batches():
             output = model(**{name: value.to(device) for name, value in batch.items()})
-            num_pairs += len(keys)
+            num_batches += 1
             for name, value in output.items():
                 if name.startswith("loss") and isinstance(value, torch.Tensor) and value.ndim == 0:
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(keys)
-        return {name: value / num_pairs for name, value in sums.items()}
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        return {name: value / num_batches for name, value in sums.items()}
 
 
 __all__ = ["ValidationLosses"]
