@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Pre-training: the towers encode pairs of volume and report, the objectives align them across pairs and ranks."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from os import PathLike
 from typing import Any, Literal
@@ -82,8 +83,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
         pools_views = config.lambda_tma > 0 and config.tma_query != "mean"
         self.multi_view_alignment = T3DMultiViewAlignment(config) if pools_views else None
         has_prototypes = config.lambda_tma > 0 and config.tma_loss == "swav"
-        self.prototypes = T3DPrototypes(config) if has_prototypes else None
-        self.restoration = None
+        self.prototypes: Any = T3DPrototypes(config) if has_prototypes else None
+        self.restoration: Any = None
         if config.lambda_tir > 0:
             self.restoration = T3DRestoration(config, self.t3d.vision_model.encoder.feature_strides[-1])
         self.post_init()
@@ -365,12 +366,13 @@ class T3DForPreTraining(T3DPreTrainedModel):
     def view_alignment_loss(self, features: T3DPairFeatures) -> torch.Tensor:
         """GCA once for each view slot, among the volumes that have that view, then the sum: GTGM's `clip(Z, T)`."""
         losses = []
+        text_features: torch.Tensor = features.text_features
         for view, exists in zip(features.local_features.unbind(dim=1), features.local_mask.unbind(dim=1), strict=True):
             ids = (features.study_ids, features.report_ids)
             study_ids, report_ids = (None if values is None else values.to(exists.device)[exists] for values in ids)
             scored = self.t3d(
                 image_features=view[exists],
-                text_features=features.text_features[exists],
+                text_features=text_features[exists],
                 return_loss=True,
                 study_ids=study_ids,
                 report_ids=report_ids,
@@ -382,7 +384,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
 
     def multi_view_alignment_loss(self, features: T3DPairFeatures) -> T3DForPreTrainingOutput:
         """TMA over the views of all ranks: `loss_tma`, its counts and `local_embeds`."""
-        local_mask = features.local_mask
+        local_mask: torch.Tensor = features.local_mask
         sizes = gather_sizes(len(local_mask), local_mask.device)
         num_pairs, num_views = sum(sizes), local_mask.shape[1]
         if self.config.tma_loss == "swav":
@@ -461,9 +463,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
             num_slots, size = every.shape[1:]
             size_per_query = view_mask.shape[1] * num_slots * (4 * num_slots + (0 if candidates is None else size))
 
-            def pool(start: int, stop: int) -> torch.Tensor:
+            def own_pool(start: int, stop: int) -> torch.Tensor:
                 return every[None] if candidates is None else every[candidates[start:stop]]
 
+            pool: Callable[[int, int], torch.Tensor] = own_pool
         else:
             with torch.no_grad():
                 own_views = self._pool_own_views(features)

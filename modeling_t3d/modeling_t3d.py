@@ -399,7 +399,7 @@ class T3DModel(T3DPreTrainedModel):
         if len(image_embeds) != len(text_embeds):
             raise ValueError(f"the loss needs one report per volume, got {len(text_embeds)} for {len(image_embeds)}")
         sizes = gather_sizes(len(image_embeds), image_embeds.device)
-        pairs = {
+        pairs: dict[str, Any] = {
             "offset": sum(sizes[: rank()]),
             "identities": gather_identities(study_ids, report_ids, sizes, image_embeds.device),
         }
