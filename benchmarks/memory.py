@@ -50,13 +50,20 @@ def build_model(**overrides: object) -> T3DForPreTraining:
 
 
 def build_batch(size: int, num_pairs: int, num_views: int) -> dict[str, torch.Tensor]:
-    """Pairs with local views of `size`^3 voxels and global views of half the size."""
+    """Pairs with smooth, noisy local views of `size`^3 voxels and global views of half the size."""
     generator = torch.Generator().manual_seed(1)
-    half = size // 2
+
+    def views(count: int, extent: int) -> torch.Tensor:
+        # White noise alone looks the same to the network in every view, and smooth views alone leave channels of group
+        # norm without variance: either way gradients would be differences of rounding.
+        coarse = torch.randn(count, 1, 4, 4, 4, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, size=(extent,) * 3, mode="trilinear")
+        return smooth + 0.3 * torch.randn(smooth.shape, generator=generator)
+
     return {
         "input_ids": torch.randint(5, 1000, (num_pairs, 64), generator=generator),
-        "pixel_values": torch.randn(num_pairs, 1, half, half, half, generator=generator),
-        "local_pixel_values": torch.randn(num_pairs, num_views, 1, size, size, size, generator=generator),
+        "pixel_values": views(num_pairs, size // 2),
+        "local_pixel_values": views(num_pairs * num_views, size).unflatten(0, (num_pairs, num_views)),
     }
 
 
