@@ -83,6 +83,9 @@ class T3DTrainingArguments:
         logging_steps (`int`, defaults to 10), eval_steps, save_steps (`int`, *optional*, default to none and 200):
             Optimiser steps between log lines, validations and checkpoints. Both also happen at the end of the run.
         save_total_limit (`int`, *optional*, defaults to 2): newest checkpoints that are kept; `None` keeps all.
+        checkpoint_copies (`str`, *optional*):
+            Address (`s3://...` or whatever fsspec knows) that the same checkpoints are copied to after each is written,
+            and that a run without them, on another machine, resumes from. Only one run copies to one address.
         metric_for_best_model (`str`, *optional*):
             A metric of the validation; the checkpoint where it was best is kept besides, and written if none was due.
         greater_is_better (`bool`, defaults to `True`): whether a greater one is better; `false` for losses.
@@ -137,6 +140,7 @@ class T3DTrainingArguments:
     eval_steps: int | None = None
     save_steps: int | None = 200
     save_total_limit: int | None = 2
+    checkpoint_copies: str | None = None
     metric_for_best_model: str | None = None
     greater_is_better: bool = True
     early_stopping_patience: int | None = None

@@ -19,19 +19,10 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from .arguments import ConfigurationError, T3DTrainingArguments
+from .arguments import T3DTrainingArguments
 from .averaging import WeightAverage
 from .batch_norm import training_mode
-from .checkpoints import (
-    Stateful,
-    checkpoint_to_resume,
-    list_checkpoints,
-    load_checkpoint,
-    random_state,
-    read_state,
-    restore_random_state,
-    write_checkpoint,
-)
+from .checkpoints import Stateful, random_state, restore_random_state
 from .guard import NonFiniteGuard
 from .model_card import fill_model_card
 from .model_setup import set_up_model
@@ -41,10 +32,11 @@ from .prefetch import prefetched
 from .preflight import choose_precision, device_name, refuse_before_training, refuse_missing_trackers
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
+from .run_checkpoints import RunCheckpoints
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
 from .session import RunSession
 from .sharding import clip_gradients, gradient_norm
-from .state import TrainerState, TrainingResult, refuse_other_run, save_model_folder
+from .state import TrainerState, TrainingResult, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
 
 logger = logging.getLogger(__name__)
@@ -130,6 +122,7 @@ class T3DTrainer:
         row_numbers = getattr(train_dataset, "row_numbers", None)
         self.guard = NonFiniteGuard(self.unwrapped_model, args, self.processes, row_numbers)
         self.session = RunSession(self.output_dir, self.processes, lambda: asdict(self.state))
+        self.checkpoints = RunCheckpoints(args, self.processes, self.session)
         self.deadline = None if args.max_hours is None else time.monotonic() + 3600 * args.max_hours
 
     # ------------------------------------------------------------------------------------------ before training
@@ -180,7 +173,7 @@ class T3DTrainer:
         """
         with self.session as session:
             if not resume:
-                self._refuse_former_run()
+                self.checkpoints.refuse_former_run()
             random_state_of_rank = self._resume() if resume else None
             settings = self.args.to_dict()
             reporter = ProgressReporter(
@@ -354,24 +347,14 @@ class T3DTrainer:
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of this moment; called on every process."""
-        return write_checkpoint(
-            self.output_dir,
+        return self.checkpoints.save(
             step=self.state.step,
+            best_step=self.state.best_step,
             model=self.unwrapped_model,
             optimizer=self.optimizer,
-            state={
-                "trainer": asdict(self.state),
-                "metrics": self.metrics,
-                "run": self._run_identity(),
-                "num_processes": self.accelerator.num_processes,
-            },
-            keep=self.args.save_total_limit,
-            best_step=self.state.best_step,
             extra=self.extra_state,
-            processes=self.processes,
+            state={"trainer": asdict(self.state), "metrics": self.metrics, "run": self._run_identity()},
             add_files=self._save_configuration,
-            fence=self.session.fence,
-            before_rename=self.session.check,
         )
 
     def _save_configuration(self, folder: Path) -> None:
@@ -395,41 +378,16 @@ class T3DTrainer:
 
     def _resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint; returns this process's random state."""
-        folder = None
-        with self.processes.together():
-            if self.processes.is_main:
-                folder = checkpoint_to_resume(self.output_dir)
-        folder = self.processes.from_main(folder)
-        if folder is None:
-            logger.warning("%s holds no checkpoint; the run starts anew", self.output_dir)
-            return None
-        saved = read_state(folder)
-        refuse_other_run(folder, saved["run"], self._run_identity())
-        random_state_of_rank = load_checkpoint(
-            folder,
-            model=self.unwrapped_model,
-            optimizer=self.optimizer,
-            extra=self.extra_state,
-            rank=self.accelerator.process_index,
+        found = self.checkpoints.resume(
+            self.unwrapped_model, self.optimizer, self.extra_state, self._run_identity()
         )
-        self.state = TrainerState(**saved["trainer"])
-        self.metrics = saved["metrics"]
-        if saved["num_processes"] != self.accelerator.num_processes:
-            logger.warning(
-                "resumed on %d processes instead of %d: the order of samples continues, dropout differs",
-                self.accelerator.num_processes,
-                saved["num_processes"],
-            )
-            set_seed(stable_seed(self.args.seed, self.accelerator.process_index, self.state.step) % 2**32)
+        if found is None:
             return None
-        logger.info("resumed from %s", folder)
+        saved, random_state_of_rank = found
+        self.state, self.metrics = TrainerState(**saved["trainer"]), saved["metrics"]
+        if random_state_of_rank is None:
+            set_seed(stable_seed(self.args.seed, self.processes.rank, self.state.step) % 2**32)
         return random_state_of_rank
-
-    def _refuse_former_run(self) -> None:
-        if list_checkpoints(self.output_dir):
-            raise ConfigurationError(
-                f"{self.output_dir} holds the checkpoints of a run; resume it or choose another training.output_dir"
-            )
 
     def _save_model(self) -> Path:
         """Write the folder that others load: model, processor and model card."""
