@@ -1,0 +1,124 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Copies of a run's checkpoints at an fsspec address, for machines whose disks do not outlive them. The manifest, which
+makes a checkpoint of files, is written last and removed first."""
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import fsspec
+
+from .checkpoints import (
+    MANIFEST_FILE,
+    CheckpointError,
+    checkpoint_folder,
+    latest_checkpoint,
+    list_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
+from .files import PARTIAL_PREFIX, replace_folder
+
+_HOLDER_FILE = "holder.json"
+
+
+class CheckpointCopies:
+    """
+    The checkpoints of one run at an address.
+
+    A run that begins there leaves its name; another one that finds a later name stops before it writes: two machines
+    may have resumed the same run.
+
+    Args:
+        address (`str`): `s3://bucket/run`, a folder of another disk, or whatever fsspec knows. Credentials are where
+            the file system looks for them.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.training.checkpoint_copies import CheckpointCopies
+
+    >>> CheckpointCopies("memory://run").steps()
+    []
+
+    ```"""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        # Listings are not kept: other machines write too.
+        self.file_system, self.root = fsspec.core.url_to_fs(self.address, use_listings_cache=False)
+        self.holder = uuid.uuid4().hex
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, in order."""
+        manifests = self.file_system.glob(f"{self.root}/step-*/{MANIFEST_FILE}")
+        return sorted(int(path.split("/")[-2].removeprefix("step-")) for path in manifests)
+
+    def begin(self) -> None:
+        """From here on this run alone writes there."""
+        self.file_system.makedirs(self.root, exist_ok=True)
+        self.file_system.pipe_file(f"{self.root}/{_HOLDER_FILE}", json.dumps({"holder": self.holder}).encode())
+
+    def mirror(self, output_dir: str | Path) -> None:
+        """Copy what the folder has and the address lacks; remove there what the folder has no more."""
+        folders = {int(folder.name.removeprefix("step-")): folder for folder in list_checkpoints(output_dir)}
+        newest = max(folders)
+        for step, folder in folders.items():
+            # The newest may have been written again, with what a later validation found.
+            if step == newest or step not in self.steps():
+                self._upload(folder)
+        for step in self.steps():
+            if step not in folders:
+                self._remove(f"{self.root}/{checkpoint_folder('', step).name}")
+
+    def fetch_newest(self, output_dir: str | Path) -> None:
+        """Bring the newest checkpoint to the folder, verified, unless that has one as new."""
+        steps, latest = self.steps(), latest_checkpoint(output_dir)
+        if not steps or (latest is not None and latest.name >= checkpoint_folder(output_dir, steps[-1]).name):
+            return
+        target = checkpoint_folder(output_dir, steps[-1])
+        source, partial = f"{self.root}/{target.name}", target.with_name(f"{PARTIAL_PREFIX}copy-{target.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.file_system.get_file(f"{source}/{MANIFEST_FILE}", str(partial / MANIFEST_FILE))
+        for name in read_manifest(partial):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            self.file_system.get_file(f"{source}/{name}", str(partial / name))
+        try:
+            verify_checkpoint(partial)
+        except CheckpointError as error:
+            reason = str(error).rpartition(": ")[2]
+            raise CheckpointError(f"{self.address}/{target.name}: {reason}; remove it there to resume") from None
+        replace_folder(partial, target)
+
+    def _upload(self, folder: Path) -> None:
+        target = f"{self.root}/{folder.name}"
+        names = read_manifest(folder)
+        self._remove(target)
+        for name in names:
+            self.file_system.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+            self.file_system.put_file(str(folder / name), f"{target}/{name}")
+        self._check()
+        # A file system that writes in parts has it whole under its name, too.
+        self.file_system.put_file(str(folder / MANIFEST_FILE), f"{target}/{PARTIAL_PREFIX}{MANIFEST_FILE}")
+        self.file_system.mv(f"{target}/{PARTIAL_PREFIX}{MANIFEST_FILE}", f"{target}/{MANIFEST_FILE}")
+
+    def _remove(self, target: str) -> None:
+        self._check()
+        if self.file_system.exists(f"{target}/{MANIFEST_FILE}"):
+            self.file_system.rm_file(f"{target}/{MANIFEST_FILE}")
+        if self.file_system.exists(target):
+            self.file_system.rm(target, recursive=True)
+
+    def _check(self) -> None:
+        found = json.loads(self.file_system.cat_file(f"{self.root}/{_HOLDER_FILE}"))["holder"]
+        if found != self.holder:
+            raise CheckpointError(
+                f"{self.address}: another run has begun to copy its checkpoints there; this one stops, choose another "
+                "training.checkpoint_copies"
+            )
+
+
+__all__ = ["CheckpointCopies"]
