@@ -378,9 +378,7 @@ class T3DTrainer:
 
     def _resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint; returns this process's random state."""
-        found = self.checkpoints.resume(
-            self.unwrapped_model, self.optimizer, self.extra_state, self._run_identity()
-        )
+        found = self.checkpoints.resume(self.unwrapped_model, self.optimizer, self.extra_state, self._run_identity())
         if found is None:
             return None
         saved, random_state_of_rank = found
