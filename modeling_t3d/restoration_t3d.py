@@ -6,6 +6,7 @@ Which views are restored from which encoder is left to the model. Corruption and
 """
 
 from math import gcd, log2, prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -176,7 +177,8 @@ class T3DRestoration(nn.Module):
                 f"{tuple(stride)} takes {max(doublings)} doublings; name one number per doubling"
             )
         self.head_dim = size // config.num_tir_heads
-        self.input_projection = nn.Linear(config.vision_config.hidden_size, size)
+        vision: Any = config.vision_config
+        self.input_projection = nn.Linear(vision.hidden_size, size)
         self.query_projection = nn.Linear(size, size)
         self.key_projection = nn.Linear(size, size)
         self.value_projection = nn.Linear(size, size)
@@ -185,10 +187,10 @@ class T3DRestoration(nn.Module):
         # An encoder that strides less on one axis does so in its stem, at the finest scale: the last stages leave that
         # axis alone.
         self.stages = nn.ModuleList(
-            T3DRestorationStage(*widths[stage : stage + 2], _scale(doublings, stage), config.tir_norm_groups)
+            T3DRestorationStage(widths[stage], widths[stage + 1], _scale(doublings, stage), config.tir_norm_groups)
             for stage in range(len(channels))
         )
-        self.output_convolution = nn.Conv3d(widths[-1], config.vision_config.num_channels, 1)
+        self.output_convolution = nn.Conv3d(widths[-1], vision.num_channels, 1)
 
     def split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, size)` to `(batch, heads, tokens, head_dim)`."""

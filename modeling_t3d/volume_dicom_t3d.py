@@ -309,7 +309,7 @@ def describe_acquisition(source: str, files: Sequence[str]) -> dict[str, Any]:
             if dataset is None or modality in NOT_SCANS:
                 continue
             body_part = str(dataset.get("BodyPartExamined", "")).upper().replace(" ", "").replace("_", "")
-            facts = {
+            facts: dict[str, Any] = {
                 "modality": modality if modality in NAMED_MODALITIES else None,
                 "body_part": BODY_PARTS.get(body_part),
                 "contrast": bool(dataset.get("ContrastBolusAgent")) or None,

@@ -77,9 +77,11 @@ class CropPerturbation:
             changed = view * (1 + scale * self.intensity_scale) + shift * self.intensity_shift
         elif kind == "noise":
             drawn = torch.from_numpy(generator.standard_normal(view.shape, dtype=np.float32))
-            changed = view + generator.uniform(*self.noise) * drawn
+            least, most = self.noise
+            changed = view + generator.uniform(least, most) * drawn
         else:
-            changed = gaussian_blur(view, generator.uniform(*self.blur))
+            least, most = self.blur
+            changed = gaussian_blur(view, generator.uniform(least, most))
         return torch.maximum(torch.minimum(changed, high), low)
 
     def __call__(self, sample: PretrainingSample, views: torch.Tensor, positions: torch.Tensor) -> None:

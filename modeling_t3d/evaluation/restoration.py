@@ -89,11 +89,11 @@ def measure_restoration(
         model.train(was_training)
     if not true:
         raise ValueError("the control of restoration needs at least one batch")
-    means = [
-        (sums[0] / sums[1].clamp(min=1)).tolist()
-        for sums in (torch.stack(part).sum(dim=0) for part in (true, shuffled))
-    ]
-    return RestorationReport(*means[0], *means[1], num_shuffles=num_shuffles)
+    means = []
+    for parts in (true, shuffled):
+        sums, counts = torch.stack(parts).sum(dim=0)
+        means += (sums / counts.clamp(min=1)).tolist()
+    return RestorationReport(means[0], means[1], means[2], means[3], num_shuffles)
 
 
 def _sums(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
