@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Copies of a run's checkpoints at an fsspec address, for machines whose disks do not outlive them. The manifest, which
-makes a checkpoint of files, is written last and removed first."""
+"""Copies of a run's checkpoints at an fsspec address, for machines whose disks do not outlive them. The manifest,
+which makes a checkpoint of files, is written last and removed first."""
 
 import json
 import shutil

@@ -1,0 +1,135 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Checkpoints at an address: complete only with their manifest, resumed on another machine, written by one run."""
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from training_runs import assert_same_weights
+from training_stub import build_trainer
+
+from modeling_t3d.training.arguments import ConfigurationError
+from modeling_t3d.training.checkpoint_copies import CheckpointCopies
+from modeling_t3d.training.checkpoints import CheckpointError, checkpoint_to_resume, list_checkpoints
+
+ADDRESS = "memory://copies/run"
+
+
+@pytest.fixture(autouse=True)
+def empty_memory():
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(params=["memory", "folder"])
+def address(request, tmp_path) -> str:
+    return ADDRESS if request.param == "memory" else str(tmp_path / "other disk" / "run")
+
+
+def stop_after(trainer, step: int, resume: bool = True) -> None:
+    """Train to a checkpoint, and no further: the machine is gone."""
+
+    class Gone(Exception):
+        pass
+
+    take = trainer._step
+
+    def take_or_go(micro_batches):
+        if trainer.state.step == step:
+            raise Gone
+        return take(micro_batches)
+
+    trainer._step = take_or_go
+    with pytest.raises(Gone):
+        trainer.train(resume=resume)
+
+
+def test_a_run_goes_on_where_its_folder_never_was(tmp_path, address):
+    build_trainer(tmp_path / "whole").train()
+    settings = {"checkpoint_copies": address, "save_total_limit": 1}
+    stop_after(build_trainer(tmp_path / "first machine", **settings), 9, resume=False)
+    assert CheckpointCopies(address).steps() == [8]
+    resumed = build_trainer(tmp_path / "second machine", **settings)
+    assert resumed.train(resume=True).state.step == 12
+    assert_same_weights(tmp_path / "whole", tmp_path / "second machine")
+    assert CheckpointCopies(address).steps() == [12]
+    with pytest.raises(
+        ConfigurationError, match=r"holds the checkpoints of a run; .* another training.checkpoint_copies"
+    ):
+        build_trainer(tmp_path / "third machine", **settings).train()
+
+
+def test_without_its_manifest_a_copy_does_not_count(tmp_path, address):
+    run = tmp_path / "run"
+    build_trainer(run, save_total_limit=None, checkpoint_copies=address).train()
+    copies = CheckpointCopies(address)
+    assert copies.steps() == [4, 8, 12]
+    copies.file_system.rm_file(f"{copies.root}/step-00000012/manifest.json")
+    copies.fetch_newest(tmp_path / "other")
+    assert [folder.name for folder in list_checkpoints(tmp_path / "other")] == ["step-00000008"]
+    assert checkpoint_to_resume(tmp_path / "other").name == "step-00000008"
+    copies.fetch_newest(run)
+    assert len(list_checkpoints(run)) == 3, "what is there and newer stays"
+
+
+def test_the_manifest_comes_last_and_goes_first(tmp_path):
+    order = []
+
+    class Recording(MemoryFileSystem):
+        def put_file(self, lpath, rpath, **options):
+            order.append(("put", rpath.rpartition("/")[2]))
+            return super().put_file(lpath, rpath, **options)
+
+        def mv(self, path1, path2, **options):
+            order.append(("name", path2.rpartition("/")[2]))
+            return super().mv(path1, path2, **options)
+
+        def rm_file(self, path):
+            order.append(("remove", path.rpartition("/")[2]))
+            return super().rm_file(path)
+
+    run = tmp_path / "run"
+    build_trainer(run, max_steps=4).train()
+    copies = CheckpointCopies(ADDRESS)
+    copies.file_system = Recording(skip_instance_cache=True)
+    copies.begin()
+    copies.mirror(run)
+    order[:] = [entry for entry in order if not entry[1].startswith(".partial-")]
+    assert order[-1] == ("name", "manifest.json")
+    assert ("put", "model.safetensors") in order
+    order.clear()
+    copies.mirror(run)
+    order[:] = [entry for entry in order if not entry[1].startswith(".partial-")]
+    assert order[0] == ("remove", "manifest.json")
+    assert order[-1] == ("name", "manifest.json")
+
+
+def test_a_flipped_byte_at_the_address_is_refused(tmp_path):
+    build_trainer(tmp_path / "run", max_steps=4, checkpoint_copies=ADDRESS).train()
+    copies = CheckpointCopies(ADDRESS)
+    path = f"{copies.root}/step-00000004/optimizer.pt"
+    content = bytearray(copies.file_system.cat_file(path))
+    content[len(content) // 2] ^= 1
+    copies.file_system.pipe_file(path, bytes(content))
+    message = rf"{ADDRESS}/step-00000004: optimizer\.pt is not what was written; remove it there"
+    with pytest.raises(CheckpointError, match=message):
+        build_trainer(tmp_path / "other", max_steps=8, checkpoint_copies=ADDRESS).train(resume=True)
+    assert list_checkpoints(tmp_path / "other") == []
+
+
+def test_of_two_machines_that_resume_one_run_the_later_goes_on(tmp_path):
+    settings = {"checkpoint_copies": ADDRESS}
+    first = build_trainer(tmp_path / "first", **settings)
+    take = first._step
+
+    def overtaken(micro_batches):
+        if first.state.step == 6:
+            assert build_trainer(tmp_path / "second", **settings).train(resume=True).state.step == 12
+        return take(micro_batches)
+
+    first._step = overtaken
+    with pytest.raises(CheckpointError, match="another run has begun to copy its checkpoints there"):
+        first.train()
+    assert CheckpointCopies(ADDRESS).steps() == [8, 12]
+    build_trainer(tmp_path / "whole").train()
+    assert_same_weights(tmp_path / "whole", tmp_path / "second")
