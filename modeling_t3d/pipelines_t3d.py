@@ -156,9 +156,10 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         template = self.processor.present_template if template is None else template
         present, absent = _parse_templates(template, self.processor.absent_template)
         labels = _parse_labels(settings.get("candidate_labels"))
-        prompts = [present.replace("{}", label) for label in labels]
+        names = self.processor.described_labels(labels)
+        prompts = [present.replace("{}", name) for name in names]
         if settings.get("multi_label", True):
-            prompts += [absent.replace("{}", label) for label in labels]
+            prompts += [absent.replace("{}", name) for name in names]
         text_embeds = self._embed_prompts(prompts)
         if _trained_on_phantoms_alone(self.model.config.provenance):
             logger.warning_once(_PHANTOMS_ALONE)

@@ -186,11 +186,15 @@ class T3DProcessor(ProcessorMixin):
         )
         return encoding, sum(length > limit for length in lengths)
 
+    def described_labels(self, labels: Sequence[str]) -> list[str]:
+        """Labels as prompts name them: with the description that this processor has for them."""
+        return [described(label, self.finding_descriptions) for label in labels]
+
     def make_prompts(self, labels: Sequence[str]) -> tuple[list[str], list[str]]:
         """One prompt that says a label is present and one that says it is not, for each label and its description."""
         if isinstance(labels, str) or not labels or not all(label.strip() for label in labels):
             raise ValueError(f"labels must be a non-empty list of names, got {labels!r}")
-        labels = [described(label, self.finding_descriptions) for label in labels]
+        labels = self.described_labels(labels)
         present = [self.present_template.replace("{}", label) for label in labels]
         absent = [self.absent_template.replace("{}", label) for label in labels]
         return present, absent

@@ -116,6 +116,18 @@ def test_templates(classifier, scan):
         classifier(scan, LABELS, hypothesis_template=("{}", "no {}", "maybe {}"))
 
 
+def test_prompts_carry_the_processors_descriptions(scan):
+    model, processor = make_model(), tiny_processor()
+    processor.finding_descriptions = {"Emphysema": "nodule"}
+    explained = by_label(pipeline(TASK, model=model, processor=processor, device="cpu")(scan, LABELS))
+    plain = pipeline(TASK, model=model, processor=tiny_processor(), device="cpu")
+    asked = by_label(plain(scan, [*LABELS[:2], "emphysema (nodule)"]))
+    assert [explained[label] for label in LABELS] == pytest.approx(
+        list(map(asked.get, [*LABELS[:2], "emphysema (nodule)"]))
+    )
+    assert explained["emphysema"] != by_label(plain(scan, LABELS))["emphysema"]
+
+
 def test_options_at_construction_are_defaults(scan):
     model, processor = make_model(), tiny_processor()
     given = {"candidate_labels": LABELS, "multi_label": False, "hypothesis_template": "scan shows {}"}
