@@ -11,65 +11,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_checks_t3d import check_terms, checked_keywords, refuse_unknown, triple
 from .presets_t3d import OBJECTIVES, PRESETS, ROBERTA_LAYOUT
-
-# What `PreTrainedConfig` accepts beyond its dataclass fields, and the keys that saving and the Hub add to a config.
-_BASE_KEYS = frozenset(
-    {
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "custom_pipelines",
-        "experts_implementation",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "use_cache",
-    }
-)
-
-# What `from_pretrained` hands on besides fields.
-_LOADING_KEYS = frozenset({"return_unused_kwargs", "_from_auto", "_from_pipeline"})
 
 _BOTTLENECK_EXPANSION = 4
 # Fields of the vision tower that others decide where they are not given.
 _DERIVED_FIELDS = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size", "feature_layers"})
 _SHAPING_FIELDS = frozenset({"encoder_type", "hidden_sizes", "depths", "hidden_size", "num_hidden_layers"})
-
-
-def _refuse_unknown(config: PreTrainedConfig | type[PreTrainedConfig], unknown: dict[str, Any]) -> None:
-    """Raise on a keyword that is no field: `PreTrainedConfig` would keep a typo silently and train another model."""
-    config_class: type[PreTrainedConfig] = config if isinstance(config, type) else type(config)
-    known = {field.name for field in fields(config)} | set(config_class.attribute_map)
-    for name in unknown:
-        if name in _BASE_KEYS or name in known:
-            continue
-        nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; its fields are {', '.join(sorted(known))}"
-        raise ValueError(f"{config_class.__name__} has no field {name!r}{hint}")
-
-
-def _checked(config_class: type[PreTrainedConfig], keywords: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `from_pretrained`, refused if unknown, unless the caller asked for the unused ones back."""
-    if not keywords.get("return_unused_kwargs"):
-        known = {field.name for field in fields(config_class)} | _BASE_KEYS | _LOADING_KEYS
-        for name in keywords.keys() - known:
-            _refuse_unknown(config_class, {name: keywords[name]})
-    return keywords
-
-
-def _triple(name: str, value: int | list[int] | tuple[int, ...]) -> list[int]:
-    """`value` as one positive integer per axis (z, y, x)."""
-    triple = [value] * 3 if isinstance(value, int) else list(value)
-    if len(triple) != 3 or any(entry < 1 for entry in triple):
-        raise ValueError(f"{name} must be one positive integer or three of them in order (z, y, x), got {value!r}")
-    return triple
 
 
 @strict
@@ -155,10 +103,10 @@ class T3DVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        _refuse_unknown(self, kwargs)
-        self.stem_kernel_size = _triple("stem_kernel_size", self.stem_kernel_size)
-        self.stem_stride = _triple("stem_stride", self.stem_stride)
-        self.patch_size = _triple("patch_size", self.patch_size)
+        refuse_unknown(self, kwargs)
+        self.stem_kernel_size = triple("stem_kernel_size", self.stem_kernel_size)
+        self.stem_stride = triple("stem_stride", self.stem_stride)
+        self.patch_size = triple("patch_size", self.patch_size)
         if self.encoder_type == "resnet":
             derived = {"hidden_size": self.hidden_sizes[-1], "num_hidden_layers": sum(self.depths)}
             for name, value in derived.items():
@@ -185,7 +133,7 @@ class T3DVisionConfig(PreTrainedConfig):
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in names and name != "dtype"}
         if changes.keys() & _SHAPING_FIELDS:
             config_dict = {name: value for name, value in config_dict.items() if name not in _DERIVED_FIELDS}
-        return super().from_dict({**config_dict, **changes}, **_checked(cls, kwargs))
+        return super().from_dict({**config_dict, **changes}, **checked_keywords(cls, kwargs))
 
     def validate_architecture(self):
         """Checks that span several fields."""
@@ -357,7 +305,7 @@ class T3DConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         if not type(self).__module__.startswith("transformers_modules."):
             # Where the package is imported its own pipeline serves, and nobody is asked to trust the folder's code.
             kwargs.pop("custom_pipelines", None)
@@ -379,59 +327,17 @@ class T3DConfig(PreTrainedConfig):
             raise ValueError('soft_targets belong to contrastive_loss="softmax"; the sigmoid form has none')
         if self.tma_negative_pairs is not None and self.tma_negative_pairs < 1:
             raise ValueError(f"tma_negative_pairs must be at least 1 or None, got {self.tma_negative_pairs}")
-        self._validate_terms()
+        check_terms(self)
         depth = self.text_config.num_hidden_layers
         if not 0 <= self.num_frozen_text_layers <= depth:
             raise ValueError(
                 f"num_frozen_text_layers={self.num_frozen_text_layers}, but the text tower has {depth} layers"
             )
 
-    def _validate_terms(self):
-        """Which terms are switched on, and what they ask of each other."""
-        names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences")
-        if min(getattr(self, name) for name in names) < 0:
-            raise ValueError(f"weights of terms must be 0 or more, got { ({n: getattr(self, n) for n in names}) }")
-        if self.gca_views == "local" and self.view_fusion != "global":
-            raise ValueError(
-                f'gca_views="local" aligns each view by itself and never fuses them: set view_fusion="global" instead '
-                f'of {self.view_fusion!r}, or gca_views="volume"'
-            )
-        if self.tma_query == "mean" and self.tma_negatives != "same_query":
-            raise ValueError(
-                'tma_query="mean" asks nothing, so that there is no query to be the same or its own; leave '
-                "tma_negatives out"
-            )
-        if self.tma_loss != "supcon" and self.tma_negative_pairs is not None:
-            raise ValueError(
-                f'tma_negative_pairs={self.tma_negative_pairs} limits the negatives of tma_loss="supcon", and '
-                f"{self.tma_loss!r} has none: leave it out"
-            )
-        counts = (self.num_prototypes - 1, self.num_sinkhorn_iterations, self.num_frozen_prototype_batches + 1)
-        if min(counts) < 1 or self.barlow_off_diagonal_weight < 0:
-            raise ValueError(
-                "num_prototypes must be at least 2, num_sinkhorn_iterations at least 1, num_frozen_prototype_batches "
-                f"and barlow_off_diagonal_weight at least 0, got {self.num_prototypes}, {self.num_sinkhorn_iterations}, "
-                f"{self.num_frozen_prototype_batches} and {self.barlow_off_diagonal_weight}"
-            )
-        if not self.lambda_tir:
-            return
-        if self.projection_dim % self.num_tir_heads:
-            raise ValueError(f"num_tir_heads={self.num_tir_heads} must divide projection_dim={self.projection_dim}")
-        if not 0 < self.tir_mask_ratio < 1 or self.tir_noise < 0 or self.tir_block_size < 1:
-            raise ValueError(
-                f"restoration needs 0 < tir_mask_ratio < 1, tir_noise >= 0 and tir_block_size >= 1, got "
-                f"{self.tir_mask_ratio}, {self.tir_noise} and {self.tir_block_size}"
-            )
-        if min([self.tir_norm_groups, *(self.tir_decoder_channels or [1])]) < 1:
-            raise ValueError(
-                f"tir_norm_groups and tir_decoder_channels must be positive, got {self.tir_norm_groups} and "
-                f"{self.tir_decoder_channels}"
-            )
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T3DConfig":
         """As in Transformers, but an unknown keyword raises."""
-        return super().from_dict(config_dict, **_checked(cls, kwargs))
+        return super().from_dict(config_dict, **checked_keywords(cls, kwargs))
 
     def to_vision_config(self) -> T3DVisionConfig:
         """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""

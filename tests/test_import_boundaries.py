@@ -16,7 +16,8 @@ PACKAGE = ROOT / "modeling_t3d"
 # file or folder -> siblings it may import
 ALLOWED = {
     "presets_t3d": set(),
-    "configuration_t3d": {"presets_t3d"},
+    "configuration_checks_t3d": set(),
+    "configuration_t3d": {"configuration_checks_t3d", "presets_t3d"},
     "counter_noise_t3d": set(),
     "restoration_t3d": {"communication_t3d", "configuration_t3d", "counter_noise_t3d"},
     "geometry_t3d": set(),
