@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -194,11 +195,23 @@ def run_cached(dtype: torch.dtype = torch.float64, *, steps: int = 1, **override
     with withheld_loss_stage(model):
         wrapped = data_parallel(model)
     micro_batches = split_pairs(own_share(build_batch(dtype=dtype)), micro_batch_size())
+    reduced: list[int] = []
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.register_comm_hook(reduced, note_and_reduce)
     for _ in range(steps):
         model.zero_grad()
         seed_draws()
         terms = cached_backward(wrapped, model, micro_batches, no_sync=no_sync_of(wrapped))
-    return results_of(model, terms)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_loss_stage = {names[id(parameter)] for parameter in model.loss_stage_parameters()}
+    by_wrapper = [names[identity] for identity in reduced]
+    return results_of(model, terms) | {"of_loss_stage": of_loss_stage, "by_wrapper": by_wrapper}
+
+
+def note_and_reduce(reduced: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What data parallelism does with a bucket of gradients, and a note of whose they are."""
+    reduced += [id(parameter) for parameter in bucket.parameters()]
+    return allreduce_hook(dist.group.WORLD, bucket)
 
 
 def run_sharded(*, caches: bool = False, seeds: tuple[int, ...] = (1,), **overrides: Any) -> dict[str, Any]:
@@ -225,11 +238,22 @@ def run_sharded(*, caches: bool = False, seeds: tuple[int, ...] = (1,), **overri
     gradients = results["gradients"]
     results["sharded"] = [name for name, gradient in gradients.items() if isinstance(gradient, DTensor)]
     results["norm"] = gradient_norm(list(gradients.values())).item()
+    # Evaluation calls parts of the model by themselves.
+    with torch.no_grad():
+        results["features"] = part_features(sharded)
     results["gradients"] = {
         name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
         for name, gradient in gradients.items()
     }
     return results
+
+
+def part_features(model: T3DForPreTraining) -> torch.Tensor:
+    """Embeddings of a report and of two views, by methods other than `forward`."""
+    batch = build_batch()
+    text = model.t3d.get_text_features(batch["input_ids"][:1], batch["attention_mask"][:1]).pooler_output
+    views, _ = model.t3d.encode_local_views(batch["local_pixel_values"][:1, :2])
+    return torch.cat([text.flatten(), views.flatten()])
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

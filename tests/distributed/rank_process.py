@@ -3,6 +3,7 @@
 """The entry of each process of the distributed tests, which are spawned once per world size, and what it writes."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,5 +80,13 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     results["trained"] = {"ddp": train(f"{folder}/ddp", world_size, strategy="ddp", **caching)}
     if world_size == 2:
         join(rank, world_size, f"{folder}/store_of_sharded")
-        results["trained"]["fsdp2"] = train(f"{folder}/fsdp2", world_size, strategy="fsdp2", **caching)
+        sharded = {"output_dir": f"{folder}/fsdp2", "strategy": "fsdp2", "save_steps": 1, "save_total_limit": None}
+        results["trained"]["fsdp2"] = train(num_processes=world_size, **sharded, **caching)
+        # The second step once more, from the checkpoint of the first: what the tests look at is what came of this.
+        join(rank, world_size, f"{folder}/store_of_resumed")
+        if rank == 0:
+            shutil.rmtree(f"{folder}/fsdp2/model")
+            shutil.rmtree(f"{folder}/fsdp2/checkpoints/step-00000002")
+        dist.barrier()
+        results["resumed"] = train(num_processes=world_size, resume=True, **sharded, **caching)
     torch.save(results, Path(folder) / f"rank_{rank}.pt")

@@ -21,6 +21,7 @@ from distributed_cases import (
     build_batch,
     build_model,
     freeze_batch_norm,
+    part_features,
     results_of,
     run_plain,
     run_with_graph,
@@ -109,9 +110,13 @@ def test_single_precision(ranks, run):
         assert_same_gradients(rank["runs"]["float32"][run], expected, limit=1e-5)
 
 
-def test_parameters_of_the_loss_stage_are_not_waited_for(ranks, single_process):
+def test_wrapper_reduces_once_a_step_and_nothing_of_the_loss_stage(ranks, single_process):
     for rank in ranks:
-        assert_same_gradients(rank["runs"]["second step"]["cached"], single_process["text, same query"])
+        result = rank["runs"]["second step"]["cached"]
+        assert_same_gradients(result, single_process["text, same query"])
+        assert "multi_view_alignment.query_projection.weight" in result["of_loss_stage"]
+        of_towers = result["gradients"].keys() - result["of_loss_stage"]
+        assert sorted(result["by_wrapper"]) == sorted([*of_towers, *of_towers])
 
 
 @pytest.mark.parametrize("run", ["sharded", "sharded and cached"])
@@ -123,6 +128,7 @@ def test_sharded_gradients_equal_the_single_process(ranks, single_process, run):
             assert "t3d.vision_model.encoder.conv1.weight" in result["sharded"]
             assert result["terms"] == pytest.approx(single_process[case]["terms"], rel=1e-12)
             assert_same_gradients(result, single_process[case])
+            assert torch.allclose(result["features"], part_features(build_model(**CASES[case])), rtol=1e-10)
             gradients = single_process[case]["gradients"].values()
             assert result["norm"] == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-12)
 
@@ -199,6 +205,8 @@ def test_trainer_that_caches_ends_where_one_batch_in_one_process_ends(ranks, tmp
         half = len(samples) // 2  # one step, one epoch
         assert not set(samples[:half]) & set(others[:half])
         assert not set(samples[half:]) & set(others[half:])
+    if strategy == "fsdp2":  # its weights are those of a run that was resumed after the first step
+        assert all(rank["resumed"] == rank["trained"][strategy][len(rank["resumed"]) :] for rank in ranks)
     expected = load_file(tmp_path / "model" / "model.safetensors")
     reloaded = T3DForPreTraining.from_pretrained(ranks[0]["folder"] / strategy / "model", dtype=torch.float64)
     initial = build_model(learnable_temperature=True).state_dict()

@@ -60,12 +60,12 @@ def arguments(output_dir: str | Path = "unused", **settings: Any) -> T3DTraining
     return T3DTrainingArguments(str(output_dir), **(defaults | settings))
 
 
-def train(output_dir: str | Path, num_processes: int, **settings: Any) -> list[int]:
+def train(output_dir: str | Path, num_processes: int, *, resume: bool = False, **settings: Any) -> list[int]:
     """Train this process's share; returns the samples that it took. The weights lie in `output_dir`."""
     size = GLOBAL_BATCH_SIZE // num_processes
     args = arguments(output_dir, per_device_train_batch_size=size, num_processes=num_processes, **settings)
     dataset = PairDataset()
-    T3DTrainer(build_model(learnable_temperature=True), args, dataset, collate).train()
+    T3DTrainer(build_model(learnable_temperature=True), args, dataset, collate).train(resume=resume)
     return dataset.seen
 
 
