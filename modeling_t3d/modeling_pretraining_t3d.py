@@ -107,6 +107,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
     def set_view_chunk_size(self, size: int | None) -> None:
         """See [`T3DModel.set_view_chunk_size`]."""
         self.t3d.set_view_chunk_size(size)
+        if self.restoration is not None:
+            self.restoration.chunk_size = size
 
     def loss_stage_parameters(self) -> list[nn.Parameter]:
         """
@@ -335,6 +337,11 @@ class T3DForPreTraining(T3DPreTrainedModel):
             (self.config.lambda_tir, restoration.get("loss_tir")),
         ]
         weighted = [weight * term for weight, term in terms if term is not None]
+        if return_loss and not weighted:
+            raise ValueError(
+                "no term has a weight, so that there is no loss: set lambda_gca, lambda_tma or lambda_tir, or pass "
+                "sentences"
+            )
         return T3DForPreTrainingOutput(
             loss=torch.stack(weighted).sum() if weighted else None,
             loss_gca=loss_gca,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .communication_t3d import all_reduce_sum, global_mean
@@ -157,6 +158,9 @@ class T3DRestoration(nn.Module):
     Args:
         config ([`T3DConfig`]): `projection_dim`, `num_tir_heads`, `tir_decoder_channels`, `tir_norm_groups`.
         stride (three `int`, z y x): voxels per token of the encoder, each a power of 2.
+
+    `chunk_size` views are decoded at once and, where that is not all of them, again in the backward pass, so that
+    memory holds the maps of one chunk at full resolution; `None` decodes all at once. The gradients are the same.
     """
 
     def __init__(self, config: T3DConfig, stride: tuple[int, int, int]):
@@ -176,6 +180,7 @@ class T3DRestoration(nn.Module):
                 f"tir_decoder_channels names {len(channels)} stages, but the encoder's stride (z, y, x) of "
                 f"{tuple(stride)} takes {max(doublings)} doublings; name one number per doubling"
             )
+        self.chunk_size: int | None = None
         self.head_dim = size // config.num_tir_heads
         vision: Any = config.vision_config
         self.input_projection = nn.Linear(vision.hidden_size, size)
@@ -230,6 +235,13 @@ class T3DRestoration(nn.Module):
         tokens = self.inform(tokens, report_tokens, report_mask)
         # (batch, views * tokens, size) -> (batch * views, size, d, h, w)
         hidden_states = tokens.view(batch * num_views, prod(grid), -1).transpose(1, 2).unflatten(2, grid)
+        chunks = hidden_states.split(self.chunk_size or max(1, len(hidden_states)))
+        # The backward pass begins with what came last, whose graph is kept; the others are decoded again.
+        restored = [checkpoint(self.decode, chunk, size, use_reentrant=False) for chunk in chunks[:-1]]
+        return torch.cat([*restored, self.decode(chunks[-1], size)]) if restored else self.decode(hidden_states, size)
+
+    def decode(self, hidden_states: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+        """Informed token maps `(views, projection_dim, d, h, w)` to views of this size."""
         for stage in self.stages:
             hidden_states = stage(hidden_states)
         depth, height, width = size

@@ -126,6 +126,19 @@ def test_restoration_under_activation_checkpointing_and_half_precision():
     assert torch.isfinite(loss)
 
 
+def test_restoration_in_chunks_of_views():
+    model, batch = model_of(**RESTORES, **NO_DROPOUT), {**tiny_batch(), "corruption_seeds": torch.arange(3)}
+    results = []
+    for size in (None, 2):
+        model.set_view_chunk_size(size)
+        model.zero_grad()
+        model(**batch).loss.backward()
+        results.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert model.restoration.chunk_size == 2
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_it_learns_to_restore():
     """A few steps bring the error well below that of the best constant, for corruptions never seen."""
     model = model_of(**RESTORES, **ALONE, **NO_DROPOUT)

@@ -217,3 +217,31 @@ def test_each_view_is_restored_by_itself():
     together = module(maps, report, None, (8, 8, 8)).unflatten(0, (2, 3))
     alone = module(maps[1:, 2:], report[1:], None, (8, 8, 8))
     assert torch.allclose(together[1, 2], alone[0])
+
+
+def kept_numbers(module: T3DRestoration, *inputs) -> tuple[torch.Tensor, int]:
+    """The loss, and how many numbers wait for the backward pass."""
+    sizes = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return module(*inputs).square().mean(), sum(sizes)
+
+
+def test_decoding_in_chunks_gives_the_same_gradients_in_less_memory():
+    torch.manual_seed(0)
+    module = restoration()[0].double()
+    maps, report = torch.randn(2, 3, 16, 2, 2, 2).double().requires_grad_(), torch.randn(2, 5, 16).double()
+    results = []
+    for chunk_size in (None, 4, 1):
+        module.chunk_size = chunk_size
+        loss, size = kept_numbers(module, maps, report, None, (8, 8, 8))
+        results.append((loss, torch.autograd.grad(loss, [maps, *module.parameters()]), size))
+    for loss, gradients, size in results[1:]:
+        assert torch.allclose(loss, results[0][0])
+        for gradient, expected in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(gradient, expected)
+        assert size < 0.7 * results[0][2]
