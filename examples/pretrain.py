@@ -7,7 +7,7 @@
 
 Settings are documented in `modeling_t3d/training/arguments.py`, manifests in `modeling_t3d/data/manifest.py`. A run
 that a signal or `--max-hours` stops writes a checkpoint and exits with status 75 (under a launcher, see `status.json`
-in its folder); `--resume` continues it.
+in its folder); `--resume` continues it. `--dry-run` says what a run would need, `--profile` where its time goes.
 """
 
 import argparse
@@ -27,13 +27,16 @@ from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.streaming import StreamingDataset
-from modeling_t3d.evaluation.encoding import evaluation_samples
+from modeling_t3d.evaluation.encoding import embed_samples, evaluation_samples
 from modeling_t3d.evaluation.leak import measure_leak
 from modeling_t3d.evaluation.restoration import measure_restoration
-from modeling_t3d.evaluation.zero_shot import evaluate_zero_shot, make_prompts
+from modeling_t3d.evaluation.retrieval import report_volume_retrieval
+from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, evaluate_embeddings, logit_scale_of, make_prompts
 from modeling_t3d.processing_t3d import read_descriptions
 from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
 from modeling_t3d.training.model_card import provenance
+from modeling_t3d.training.plan import plan_run
+from modeling_t3d.training.profiling import profile_steps
 from modeling_t3d.training.session import errors_in_one_line
 from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
 from modeling_t3d.training.validation import ValidationLosses
@@ -78,7 +81,7 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
 
 
 def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator, processor, batch_size: int):
-    """Losses on held-out pairs, the leak control and, where the manifest has labels, zero-shot AUROC."""
+    """Losses on held-out pairs, leak control, retrieval and, where the manifest has labels, zero-shot AUROC."""
     losses = ValidationLosses(held_out, collator, batch_size)
     # Views are shuffled within a process's batch.
     shuffles = losses.sampler().batch_size > 1
@@ -97,18 +100,30 @@ def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator
             restored = measure_restoration(model, islice(losses.batches(), NUM_LEAK_BATCHES))
             logger.info("restoration control: %s", restored.describe())
             metrics["loss_tir_shuffled"] = restored.loss_shuffled
+        views = None if model.config.view_fusion == "global" else processor.image_processor.num_local_views
+        embeddings = embed_samples(model, processor, evaluation_samples(held_out, views=views), findings)
         if prompts:
-            views = None if model.config.view_fusion == "global" else processor.image_processor.num_local_views
-            samples = evaluation_samples(held_out, views=views)
-            results = evaluate_zero_shot(model, processor, samples, prompts, retrieval=False, num_resamples=0)
+            pairs = encode_prompt_pairs(model, processor.tokenizer, prompts)
+            results = evaluate_embeddings(
+                embeddings, *pairs, logit_scale_of(model), prompts=prompts, num_resamples=0, ks=(5,)
+            )
             metrics["macro_auroc"] = results.zero_shot.auroc("macro")
+        retrieval = report_volume_retrieval(
+            embeddings.image_embeds,
+            embeddings.text_embeds,
+            study_ids=embeddings.study_ids,
+            reports=embeddings.reports,
+            patient_ids=embeddings.patient_ids,
+            num_resamples=0,
+        )
+        metrics |= {f"{name}_median_rank": result.median_rank for name, result in retrieval.items()}
         return metrics
 
     return evaluate
 
 
-def train(settings: PretrainingConfiguration, resume: bool) -> int:
-    """Assemble what the settings name, train, and return the exit status."""
+def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = False, profile: bool = False) -> int:
+    """Assemble what the settings name, train, and return the exit status; or say what a run would be or take."""
     data, training, source = settings.data, settings.training, settings.model
     manifest = read_manifest(data.manifest, sections=data.sections, min_report_words=data.min_report_words)
     logger.info("%s", manifest.describe())
@@ -165,10 +180,17 @@ def train(settings: PretrainingConfiguration, resume: bool) -> int:
             smallest_share=2,
         )
     trainer = T3DTrainer(model, training, parts[0], collator, **options)
+    if dry_run:
+        plan = plan_run(trainer, collator(parts[0].blank_samples(2)))
+        print(plan.describe())
+        return 0 if plan.fits else 1
     rank, num_processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     for part in parts:
         part.prepare_all(data.num_preparation_workers, rank=rank, num_processes=num_processes)
     trainer.accelerator.wait_for_everyone()
+    if profile:
+        print(profile_steps(trainer, Path(training.output_dir) / "profile"))
+        return 0
     result = trainer.train(resume=resume)
     logger.info("%s after %d steps: %s", result.status, result.state.step, result.model_dir or training.output_dir)
     return 0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED
@@ -179,6 +201,8 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True, help="a YAML file, see examples/configs")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in output_dir")
     parser.add_argument("--max-hours", type=float, help="training.max_hours: stop to be resumed after so many hours")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and whether it fits; status 1 if not")
+    parser.add_argument("--profile", action="store_true", help="take a few steps; output_dir/profile: table and trace")
     parser.add_argument("overrides", nargs="*", help="section.name=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -186,4 +210,5 @@ if __name__ == "__main__":
         overrides = arguments.overrides
         if arguments.max_hours is not None:
             overrides = [*overrides, f"training.max_hours={arguments.max_hours}"]
-        sys.exit(train(load_configuration(arguments.config, overrides), arguments.resume))
+        settings = load_configuration(arguments.config, overrides)
+        sys.exit(train(settings, arguments.resume, dry_run=arguments.dry_run, profile=arguments.profile))

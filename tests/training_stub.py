@@ -116,6 +116,7 @@ def build_trainer(output_dir, *, dropout: float = 0.3, evaluate=None, record: bo
         "logging_steps": 3,
         "save_steps": 4,
         "trackers": [],
+        "plot": False,
         "use_cpu": True,
     }
     args = from_mapping(T3DTrainingArguments, {"output_dir": str(output_dir), **defaults, **settings})

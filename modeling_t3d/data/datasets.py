@@ -3,6 +3,7 @@
 """From manifest rows to the batches that [`T3DForPreTraining`] takes. Random views and texts depend on (seed, epoch,
 batch, index) alone, so that resuming, evaluating or adding loader processes changes none of them."""
 
+import copy
 import hashlib
 import logging
 from collections import Counter
@@ -225,6 +226,19 @@ class PretrainingDataset(Dataset):
             batch_seed=(self.seed, _ALIGNED, epoch, batch),
             global_values=self._global_values(index, prepared),
         )
+
+    def blank_samples(self, count: int) -> list[PretrainingSample]:
+        """Samples of air with the longest report: what a batch takes is seen without preparing any volume."""
+        shape = self.image_processor.local_size
+        blank = copy.copy(self)
+        blank.store = None
+        array, scale = np.full(shape, -1000, dtype=np.int16), None
+        if self.image_processor.intensity != "hu":
+            array, scale = np.zeros(shape, dtype=np.float32), (0.0, 1.0)
+        air = PreparedVolume(array, np.eye(4), whole_volume_mask(shape), scale)
+        blank._prepare = lambda row: air  # type: ignore[method-assign]
+        longest = max(range(len(self)), key=lambda index: len(self.rows[index].report or ""))
+        return [blank[longest]] * count
 
     def prepare(self, index: int) -> PreparedVolume:
         """What an access to the row would otherwise make and keep."""

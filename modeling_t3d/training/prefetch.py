@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import torch
 
+PREFETCHED = 2  # batches that may wait
+
 Item = TypeVar("Item")
 
 
-def prefetched(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
+def prefetched(items: Iterable[Item], depth: int = PREFETCHED) -> Generator[Item, None, None]:
     """
     The same items in the same order, made ahead of time by one thread.
 
@@ -68,4 +70,4 @@ def prefetched(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, N
         thread.join()
 
 
-__all__ = ["prefetched"]
+__all__ = ["PREFETCHED", "prefetched"]

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from .files import write_text_atomically
+from .plots import plot_log
 from .state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class ProgressReporter:
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / "log.jsonl"
+        self.wants_plot = settings["plot"]
         # Without a terminal the bar is off and log lines take its place.
         self.bar = tqdm(
             total=total,
@@ -177,6 +179,11 @@ class ProgressReporter:
         else:
             self.bar.clear()
             logger.info("step %d, %s: %s", step, kind, text)
+
+    def draw(self) -> None:
+        """Draw `progress.png` beside the log, unless the settings say not to."""
+        if self.accelerator.is_main_process and self.wants_plot and self.path.exists():
+            self.wants_plot = plot_log(self.path, self.path.with_name("progress.png"))
 
     def close(self) -> None:
         """Flush trackers and leave the bar as it stands."""

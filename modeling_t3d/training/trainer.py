@@ -217,10 +217,12 @@ class T3DTrainer:
                     is_save_due |= self._evaluate(reporter)
                 if is_save_due:
                     self.save_checkpoint()
+                    reporter.draw()
         if not interrupted and state.evaluated_step != state.step:
             # The last step was taken by a run that a signal stopped before it validated.
             self._evaluate(reporter)
             self.save_checkpoint()
+            reporter.draw()
         return interrupted
 
     def _steps(self) -> Generator[list[dict[str, torch.Tensor]], None, None]:

@@ -1,0 +1,57 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""A profile has every part of a step, adds up, and leaves nothing behind."""
+
+import json
+import time
+
+import pytest
+import torch
+from training_footprint import build
+from training_stub import build_trainer
+
+from modeling_t3d.training.profiling import PARTS, StepClock, profile_steps
+
+
+def test_parts_nest_and_add_up():
+    clock = StepClock(torch.device("cpu"))
+    start = time.perf_counter()
+    with clock.part("optimiser"):
+        time.sleep(0.01)
+        with clock.part("vision"):
+            time.sleep(0.02)
+            clock.credit("transfer")
+            time.sleep(0.01)
+    seconds = time.perf_counter() - start
+    assert clock.seconds["optimiser"] >= 0.01
+    assert clock.seconds["transfer"] >= 0.02
+    assert clock.seconds["vision"] >= 0.01
+    assert sum(clock.seconds.values()) <= seconds
+    with pytest.raises(KeyError, match="broken"), clock.part("text"):
+        raise KeyError("broken")
+    assert not clock._open
+
+
+def test_table_and_trace(tmp_path):
+    trainer = build(tmp_path / "run", num_pairs=3)
+    trainer.args.max_steps = 4
+    backward, transform = trainer.accelerator.backward, trainer.batch_transform
+    table = profile_steps(trainer, tmp_path / "profile", num_steps=2, warmup_steps=1)
+    assert (tmp_path / "profile" / "table.md").read_text() == table + "\n"
+    rows = dict(line.strip("| ").split(" | ")[:2] for line in table.splitlines()[2:])
+    assert list(rows) == [*PARTS, "other", "step"]
+    for part in ("vision", "text", "objectives", "backward", "optimiser"):
+        assert float(rows[part]) > 0
+    total = sum(float(value) for name, value in rows.items() if name != "step")
+    assert total == pytest.approx(float(rows["step"]), abs=0.6)
+    names = {
+        event.get("name") for event in json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    }
+    assert {"vision", "text", "objectives", "backward", "aten::convolution"} <= names
+    assert (trainer.accelerator.backward, trainer.batch_transform) == (backward, transform)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+
+
+def test_a_model_without_towers(tmp_path):
+    table = profile_steps(build_trainer(tmp_path), tmp_path / "profile", num_steps=1, warmup_steps=0)
+    assert "| step |" in table
