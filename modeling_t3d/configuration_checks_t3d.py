@@ -67,10 +67,10 @@ def check_terms(config: Any) -> None:
     names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences")
     if min(getattr(config, name) for name in names) < 0:
         raise ValueError(f"weights of terms must be 0 or more, got { ({n: getattr(config, n) for n in names}) }")
-    if config.gca_views == "local" and config.view_fusion != "global":
+    if config.gca_views == "local" and config.view_fusion == "attention":
         raise ValueError(
-            f'gca_views="local" aligns each view by itself and never fuses them: set view_fusion="global" instead '
-            f'of {config.view_fusion!r}, or gca_views="volume"'
+            'gca_views="local" aligns each view by itself, so that the transformer of view_fusion="attention" would '
+            'stay untrained: set view_fusion="global" or "mean", or gca_views="volume"'
         )
     if config.tma_query == "mean" and config.tma_negatives != "same_query":
         raise ValueError(

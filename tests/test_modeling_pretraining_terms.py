@@ -267,7 +267,7 @@ def test_an_objective_can_be_overridden_and_a_wrong_name_is_refused():
         ({"lambda_tir": 1.0, "tir_mask_ratio": 1.0}, "restoration needs 0 < tir_mask_ratio < 1"),
         ({"lambda_tir": 1.0, "tir_norm_groups": 0}, "tir_norm_groups and tir_decoder_channels must be positive"),
         ({"lambda_tir": -1.0}, "weights of terms must be 0 or more"),
-        ({"gca_views": "local", "view_fusion": "mean"}, 'gca_views="local" aligns each view by itself'),
+        ({"gca_views": "local", "view_fusion": "attention"}, 'gca_views="local" aligns each view by itself'),
         ({"tma_query": "mean", "tma_negatives": "own_query"}, 'tma_query="mean" asks nothing'),
     ],
 )
