@@ -152,7 +152,8 @@ class T3DForPreTrainingOutput(ModelOutput):
         loss_tir_corrupted (`torch.FloatTensor` of shape `()`, *optional*):
             The same over zeroed blocks alone, without a gradient.
         log_num_candidates (`torch.FloatTensor` of shape `()`, *optional*):
-            What `loss_tma` is when views carry no information: the mean log of the number of candidates.
+            What `loss_tma` is when views carry no information: the mean log of the number of candidates, or of
+            prototypes; of `tma_loss="barlow"`, which counts none, half the number of dimensions.
         num_valid_anchors (`torch.LongTensor` of shape `()`, *optional*): views that were anchors, on all ranks.
         num_skipped_pairs (`torch.LongTensor` of shape `()`, *optional*):
             Pairs with fewer than two valid views, on all ranks: they have no anchors.

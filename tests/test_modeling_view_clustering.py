@@ -104,6 +104,13 @@ def test_a_batch_without_reports_or_volumes_is_refused(missing):
         T3DForPreTraining(tiny_config())(**batch)
 
 
+def test_a_model_without_a_term_is_refused_where_it_would_train():
+    model = T3DForPreTraining(tiny_config(lambda_gca=0.0, lambda_tma=0.0))
+    with pytest.raises(ValueError, match="no term has a weight"):
+        model(**tiny_batch(4))
+    assert model(**tiny_batch(4), return_loss=False).loss is None
+
+
 def test_logits_are_not_kept_while_training():
     model, batch = T3DForPreTraining(tiny_config()), tiny_batch(4)
     assert model.train()(**batch).logits_per_image is None
