@@ -59,10 +59,12 @@ setup(
     install_requires=[
         # 2.9's cuDNN breaks 3D convolutions.
         "torch>=2.8,!=2.9.*",
-        "transformers>=5.23,<6",
-        "huggingface_hub>=1.0",
-        "safetensors>=0.5",
-        "tokenizers>=0.22",
+        # 5.19 declares sub-configurations otherwise; from 5.21 on Transformers needs Python 3.11.
+        "transformers>=5.20,<6",
+        # What that line of Transformers takes.
+        "huggingface_hub>=1.31",
+        "safetensors>=0.8",
+        "tokenizers>=0.23.1",
         "accelerate>=1.10",
         "numpy>=1.26",
         "nibabel>=5.2",

@@ -253,7 +253,7 @@ class T3DConfig(PreTrainedConfig):
 
     model_type = "t3d"
     sub_configs_defaults = {  # noqa: RUF012 - Transformers' own way to declare sub-configurations
-        "vision_config": T3DVisionConfig,
+        "vision_config": SubConfigSpec(config_class=T3DVisionConfig),
         "text_config": SubConfigSpec(
             config_class=AutoConfig,
             model_type="roberta",

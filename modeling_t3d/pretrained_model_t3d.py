@@ -137,6 +137,14 @@ class T3DPreTrainedModel(PreTrainedModel):
     def freeze_after_loading(self) -> None:
         """Freeze what the configuration says does not train: loading makes every parameter trainable."""
 
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            """What Transformers before 5.23 calls gradient checkpointing, without re-entrance unless asked for."""
+            self.gradient_checkpointing_enable(activation_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,

@@ -95,10 +95,17 @@ def read_descriptions(path: str | os.PathLike) -> dict[str, str]:
         raise ValueError(f"{path}: is not JSON ({error.msg})") from None
 
 
+_TEXT_DEFAULTS = {"padding": True, "return_tensors": "pt"}
+_IMAGE_DEFAULTS = {"return_tensors": "pt"}
+
+
 class T3DProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, unread by mypy
     """Arguments of a call, by modality."""
 
     images_kwargs: T3DImageProcessorKwargs
+
+    # Read here by Transformers before 5.23, and from the processor's class since.
+    _defaults = {"text_kwargs": _TEXT_DEFAULTS, "images_kwargs": _IMAGE_DEFAULTS}  # noqa: RUF012
 
 
 class T3DProcessor(ProcessorMixin):
@@ -130,8 +137,8 @@ class T3DProcessor(ProcessorMixin):
 
     valid_processor_kwargs = T3DProcessorKwargs
     skip_tensor_conversion = (*ProcessorMixin.skip_tensor_conversion, "geometry")
-    text_kwargs = {"padding": True, "return_tensors": "pt"}  # noqa: RUF012 (the name and form that Transformers reads)
-    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+    text_kwargs = _TEXT_DEFAULTS
+    images_kwargs = _IMAGE_DEFAULTS
 
     def __init__(
         self,

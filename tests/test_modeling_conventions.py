@@ -339,7 +339,7 @@ def test_checkpointing_keeps_gradients_and_running_statistics(model_class, kind)
             module.p = 0.0
     recomputed = copy.deepcopy(plain)
     recomputed.activation_checkpointing_enable()
-    assert recomputed.is_activation_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in recomputed.modules())
     runs = []
     for module in recomputed.modules():
         if type(module).__name__ in ("T3DResNetBasicBlock", "T3DViTLayer"):

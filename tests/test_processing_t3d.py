@@ -93,7 +93,7 @@ def test_arguments_reach_their_modality():
     nested = processor(
         images=array,
         text="nodule",
-        images_kwargs={"affine": AFFINE, "rescale_factor": -1.0},
+        images_kwargs={"affine": AFFINE.tolist(), "rescale_factor": -1.0},  # no array before transformers 5.23
         text_kwargs={"padding": "max_length", "max_length": 9},
     )
     assert torch.equal(nested["pixel_values"], -plain["pixel_values"])
