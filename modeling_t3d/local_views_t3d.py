@@ -192,8 +192,8 @@ class LocalViewsMixin:
                 `mode="logits"`, integers `(d, h, w)` for `"labels"`, `(channels, d, h, w)` for `"features"`; of any
                 stride: `d` may be a fraction of the tile's depth. A generator is read one tile at a time.
             geometry ([`PreparedVolume`] or [`ViewGeometry`]): of the volume that the tiles were cut from.
-            mode: logits are blended, interpolated and arg-max'd; of labels that of the tile in which a voxel lies most
-                centrally is taken, and the nearest where grids differ; features are blended and interpolated.
+            mode: logits are blended, interpolated and arg-max'd; on labels the tiles vote with the same weights, and
+                the nearest is taken where grids differ; features are blended and interpolated.
             target: `"input"`, the axis order, spacing and shape of the file or array as it came; `"processed"`, the
                 model grid; `"outputs"`, the model grid in voxels of the outputs' stride; or any `Grid` or `Volume`.
             boxes (`Sequence[Box]`): of the tiles, if they are not those of `views="grid"` (or of the `ViewGeometry`).

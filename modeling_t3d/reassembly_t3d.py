@@ -81,7 +81,9 @@ class _Canvas:
 class _Slab:
     """Some slices of the canvas, the first of them number `first`: blended values and the sum of their weights.
 
-    Channels come last, (slices, height, width, channels): to look up all of a cell is one contiguous read.
+    Channels come last, (slices, height, width, channels): to look up all of a cell is one contiguous read. Of labels,
+    `values` and `weight` are the first that a cell was given and its votes; `others` are those that came after it, as
+    many as tiles disagree anywhere.
     """
 
     def __init__(self, canvas: _Canvas, values: Tensor, mode: str):
@@ -89,6 +91,7 @@ class _Slab:
         shape = (canvas.depth, *canvas.shape[1:])
         self.values = values.new_zeros((*shape, *values.shape[:-3]))
         self.weight = torch.zeros(shape, device=values.device)
+        self.others: list[tuple[Tensor, Tensor]] = []
 
     def blend(self, values: Tensor, spans: Sequence[_AxisSpan]) -> None:
         """Adds one tile (..., d, h, w)."""
@@ -102,24 +105,46 @@ class _Slab:
         weight = z[:, None, None] * y[:, None] * x
         rows = slice(spans[0].first - self.first, spans[0].stop - self.first)
         where = (rows, *(slice(span.first, span.stop) for span in spans[1:]))
-        if self.mode == "labels":  # the tile in which the voxel lies most centrally decides
-            wins = weight > self.weight[where]
-            self.values[where] = torch.where(wins, values, self.values[where])
-            self.weight[where] = torch.maximum(weight, self.weight[where])
+        if self.mode == "labels":
+            self._vote(values, weight, where)
             return
         self.weight[where] += weight
         # A running mean, which stays exactly what it is where tiles agree, as a sum divided by its weight does not.
         share = (weight / self.weight[where]).to(values.dtype)
         self.values[where].lerp_(values.permute(1, 2, 3, 0), share[..., None])
 
+    def _vote(self, labels: Tensor, weight: Tensor, where: tuple[slice, ...]) -> None:
+        """Adds a tile's weights to the votes of its labels."""
+        open_cells = torch.ones_like(labels, dtype=torch.bool)
+        for number in itertools.count():
+            if number > len(self.others):
+                self.others.append((torch.zeros_like(self.values), torch.zeros_like(self.weight)))
+            candidates, votes = self.others[number - 1] if number else (self.values, self.weight)
+            # A cell's candidates have no gaps: none is free before one that this label may have.
+            takes = open_cells & ((candidates[where] == labels) | (votes[where] == 0))
+            candidates[where] = torch.where(takes, labels, candidates[where])
+            votes[where] += weight * takes
+            open_cells &= ~takes
+            if not open_cells.any():
+                return
+
+    def elected(self) -> Tensor:
+        """The label of each cell that has most votes, the earlier one of equals."""
+        labels, most = self.values, self.weight
+        for candidates, votes in self.others:
+            wins = votes > most
+            labels, most = torch.where(wins, candidates, labels), torch.where(wins, votes, most)
+        return labels
+
     def advance(self, first: int) -> None:
         """Drops the slices below `first`; the new ones at the other end are covered by nothing."""
         step = first - self.first
         depth = len(self.weight)
-        for row in range(depth - step):  # upwards, so that no row is overwritten before it has moved
-            self.values[row] = self.values[row + step]
-            self.weight[row] = self.weight[row + step]
-        self.weight[max(0, depth - step) :] = 0
+        for values, weight in ((self.values, self.weight), *self.others):
+            for row in range(depth - step):  # upwards, so that no row is overwritten before it has moved
+                values[row] = values[row + step]
+                weight[row] = weight[row + step]
+            weight[max(0, depth - step) :] = 0
         self.first = first
 
 
@@ -200,12 +225,14 @@ class _Target:
             return
         rows = self.finished - self.slab.first
         labels = self._labels(rows) if self.slab.mode == "logits" else None
+        elected = self.slab.elected() if self.slab.mode == "labels" else None
         for plane in chosen:
             (z, y, x), inside = zip(*(self._place(axis, int(plane)) for axis in range(3)), strict=True)
             here = (z.low >= begin) & (z.low < end)
             # Voxels of the plane that belong to another slab are looked up somewhere in this one and not written.
             low, nearest = ((part - self.slab.first).clamp_(0, rows - 1) for part in (z.low, z.nearest))
-            values = self._plane((_Place(low, z.share, nearest), y, x), inside[0] & inside[1] & inside[2], labels)
+            at = (_Place(low, z.share, nearest), y, x)
+            values = self._plane(at, inside[0] & inside[1] & inside[2], labels, elected)
             if here.all():
                 self.planes[..., plane, :, :] = values.cpu().numpy()
             else:
@@ -229,15 +256,21 @@ class _Target:
         device = self.slab.values.device
         return _Place(*(torch.from_numpy(part).to(device) for part in parts)), torch.from_numpy(inside).to(device)
 
-    def _plane(self, places: Sequence[_Place], inside: Tensor, labels: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _plane(
+        self,
+        places: Sequence[_Place],
+        inside: Tensor,
+        labels: tuple[Tensor, Tensor] | None,
+        elected: Tensor | None,
+    ) -> Tensor:
         """The result on one plane of the target, (..., rows, columns)."""
         shape = self.size[1:]
         z, y, x = places
         nearest = (z.nearest, y.nearest, x.nearest)
         known = (inside & (self.slab.weight[nearest] > 0)).expand(*shape)
+        if elected is not None:
+            return torch.where(known, elected[nearest], self.background)
         if labels is None:
-            if self.slab.mode == "labels":
-                return torch.where(known, self.slab.values[nearest], self.background)
             everywhere = [place.at(None, shape) for place in places]
             values = _interpolate(self.slab, everywhere, self.between).unflatten(0, shape).permute(2, 0, 1)
             return torch.where(known, values.to(self.background.dtype), self.background)
@@ -327,9 +360,9 @@ def reassemble(
         boxes: the tiles, in voxels of `grid`, all of one size; sorted by their first slice they need least memory.
         grid (`Grid`): the model grid.
         target (`Grid` or `Volume`): where the result lies; by default the model grid at the outputs' stride.
-        mode: what the outputs are. `"logits"` are blended, interpolated and arg-max'd; of `"labels"` that of the
-            tile in which a voxel lies most centrally is taken, and the nearest one where grids differ; `"features"`
-            are blended and interpolated.
+        mode: what the outputs are. `"logits"` are blended, interpolated and arg-max'd; for `"labels"` the tiles
+            vote, each with the weight that logits would have, and the nearest one is taken where grids differ;
+            `"features"` are blended and interpolated.
         background: label or feature where no tile was, and beyond the volume.
 
     Example:

@@ -200,6 +200,44 @@ def plain_reassembly(tiles, boxes, grid: Grid, target: Grid) -> tuple[np.ndarray
     return values, map_coordinates((weights > 0).astype(float), index, order=1, mode="nearest")
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(3, 30)] * 3),
+    overlap=st.sampled_from([0.0, 0.3, 0.5, 0.7]),
+    num_labels=st.integers(1, 6),
+    seed=st.integers(0, 9),
+)
+def test_tiles_vote_on_labels(shape, overlap, num_labels, seed):
+    """Against the votes for each label on the whole grid, in float64."""
+    size = (8, 9, 10)
+    grid = Grid(shape, upright_affine((2.0, 1.0, 1.0)))
+    boxes = grid_plan(shape, size, overlap)
+    generator = np.random.default_rng(seed)
+    tiles = [generator.integers(0, num_labels, size) for _ in boxes]
+    axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in size]
+    gaussian = axes[0][:, None, None] * axes[1][:, None] * axes[2]
+    votes = np.zeros((num_labels, *shape))
+    for tile, box in zip(tiles, boxes, strict=True):
+        inside = [slice(max(0, a), min(b, n)) for a, b, n in zip(box.start, box.stop, shape, strict=True)]
+        part = tuple(slice(s.start - a, s.stop - a) for s, a in zip(inside, box.start, strict=True))
+        for label in range(num_labels):
+            votes[(label, *inside)] += gaussian[part] * (tile[part] == label)
+    result = reassemble(iter(tiles), boxes, grid, mode="labels")
+    ordered = np.sort(votes, axis=0)
+    clear = ordered[-1] > (1 + 1e-5) * (ordered[-2] if num_labels > 1 else 0)
+    assert clear.mean() > 0.8
+    assert np.array_equal(result.array[clear], votes.argmax(axis=0)[clear])
+
+
+def test_a_majority_outvotes_the_tile_in_the_middle():
+    boxes = [Box((0, 0, start), (4, 4, start + 9)) for start in (0, 1, 2)]
+    tiles = [np.full((4, 4, 9), label) for label in (1, 2, 1)]
+    result = reassemble(tiles, boxes, Grid((4, 4, 11), np.eye(4)), mode="labels").array[0, 0]
+    assert result[5] == 1, "the middle of the second tile, one voxel from those of the other two"
+    result = reassemble(tiles[:2], boxes[:2], Grid((4, 4, 11), np.eye(4)), mode="labels").array[0, 0]
+    assert result[:10].tolist() == [1] * 5 + [2] * 5
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(*[st.integers(3, 30)] * 3),
