@@ -161,7 +161,20 @@ class T3DRestoration(nn.Module):
 
     `chunk_size` views are decoded at once and, where that is not all of them, again in the backward pass, so that
     memory holds the maps of one chunk at full resolution; `None` decodes all at once. The gradients are the same.
-    """
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d import T3DConfig
+    >>> from modeling_t3d.restoration_t3d import T3DRestoration
+
+    >>> restoration = T3DRestoration(T3DConfig.from_preset("tiny"), stride=(4, 8, 8))
+    >>> maps, report = torch.zeros(2, 3, 128, 2, 2, 2), torch.zeros(2, 7, 64)
+    >>> tuple(restoration(maps, report, None, size=(8, 16, 16)).shape)
+    (6, 1, 8, 16, 16)
+
+    ```"""
 
     def __init__(self, config: T3DConfig, stride: tuple[int, int, int]):
         super().__init__()

@@ -88,7 +88,25 @@ class MaskCaptioner:
         described (sequence of `str`, *optional*):
             The masks whose structures are told, such as lesions; the others are places alone. All by default.
         minimum_millilitres (`float`, defaults to 0.01): smaller structures are left out.
-    """
+
+    Example:
+
+    ```python
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> from modeling_t3d.data.caption_masks import MaskCaptioner
+    >>> from modeling_t3d.data.manifest import ManifestRow
+    >>> from modeling_t3d.volume_io_t3d import to_volume, write_nifti
+
+    >>> mask = np.zeros((30, 20, 40), dtype=np.uint8)
+    >>> mask[4:8, 6:12, 30:34] = 1
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "mask.nii.gz"
+    >>> write_nifti(to_volume(mask, spacing=(2, 2, 2), axes="SAR"), path)
+    >>> row = ManifestRow(1, path, "", "patient", "study", masks={"liver_cyst": path})
+    >>> MaskCaptioner()(row, {})
+    'Liver cyst of 0.77 ml, 12 mm across, on the right, in the lower third of the scan.'
+
+    ```"""
 
     def __init__(
         self,

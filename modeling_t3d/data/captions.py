@@ -87,7 +87,26 @@ def write_captions(
 
     Raises:
         CaptionError: a row cannot be captioned; captions so far are kept.
-    """
+
+    Example:
+
+    ```python
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> from modeling_t3d.data.caption_metadata import MetadataCaptioner
+    >>> from modeling_t3d.data.captions import write_captions
+    >>> from modeling_t3d.data.manifest import read_manifest
+    >>> from modeling_t3d.volume_io_t3d import to_volume, write_nifti
+
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> scan = to_volume(np.zeros((40, 30, 30), dtype=np.int16), spacing=(2.5, 1, 1), axes="SAR")
+    >>> write_nifti(scan, folder / "a.nii.gz")
+    >>> _ = (folder / "scans.csv").write_text("volume\\na.nii.gz\\n")
+    >>> report = write_captions(folder / "scans.csv", folder / "captions.csv", MetadataCaptioner(modality="CT"))
+    >>> read_manifest(report.path).rows[0].report
+    'Computed tomography. 40 slices 2.5 mm apart, 1 mm in plane, 100 mm from bottom to top.'
+
+    ```"""
     manifest, output = Path(manifest), Path(output)
     if manifest.resolve() == output.resolve():
         raise CaptionError(f"{output}: is the manifest that is read; choose another output")

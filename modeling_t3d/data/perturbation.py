@@ -35,7 +35,20 @@ class CropPerturbation:
 
     Values are in the unit of the scaled views, [-1, 1] under a window; none leaves the range that its view had, or
     [-1, 1] if that is wider.
-    """
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> import torch
+    >>> from modeling_t3d.data.perturbation import CropPerturbation
+
+    >>> view = torch.zeros(1, 8, 8, 8)
+    >>> changed = CropPerturbation().perturb(view, "noise", np.random.default_rng(0))
+    >>> 0.01 <= changed.std().item() <= 0.2
+    True
+
+    ```"""
 
     kinds: Sequence[str] = KINDS
     rescale: float = 1.5

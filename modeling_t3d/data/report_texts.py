@@ -63,7 +63,18 @@ class ReportTexts:
             Finding -> what it is, for knowledge-enhanced text; none by default. The processor's prompts should carry
             the same ones.
         description_probability (`float`, defaults to 0): share of the texts whose findings are explained [choice].
-    """
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.data.datasets import PretrainingSample
+    >>> from modeling_t3d.data.report_texts import ReportTexts
+
+    >>> texts = ReportTexts(descriptions={"ascites": "free fluid in the abdomen"}, description_probability=1.0)
+    >>> texts(PretrainingSample(None, "No ascites.", 1, 2, view_seed=(0, 0, 0, 0), batch_seed=(0, 1, 0, 0))).text
+    'No ascites (free fluid in the abdomen).'
+
+    ```"""
 
     sample_sentences: bool = False
     descriptions: Mapping[str, str] = field(default_factory=dict)
