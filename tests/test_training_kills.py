@@ -6,6 +6,7 @@ nothing of it goes on running."""
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -83,9 +84,11 @@ def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path, num_processes):
     kill_and_resume(runs, tmp_path, num_processes, 1, max_steps=40, dataloader_num_workers=1)
 
 
-def kill_in_saves(runs: TrainingRuns, folder: Path, file_events) -> None:
+def kill_in_saves(runs: TrainingRuns, folder: Path, file_events: Sequence[int]) -> None:
     """Kill a run at certain events of its saves: every checkpoint that is left is whole, and nothing is lost."""
-    settings = {**SETTINGS, "max_steps": 100, "save_total_limit": 1, "save_steps": 2, "seconds": 0.0}
+    # No run gets further than six steps before it is killed.
+    max_steps = 10 + 6 * len(file_events)
+    settings = {**SETTINGS, "max_steps": max_steps, "save_total_limit": 1, "save_steps": 2, "seconds": 0.0}
     whole, run = folder / "whole", folder / "killed"
     assert runs.start(whole, **settings).wait() == [0]
     for event in file_events:
@@ -94,9 +97,9 @@ def kill_in_saves(runs: TrainingRuns, folder: Path, file_events) -> None:
         for checkpoint in list_checkpoints(run):
             verify_checkpoint(checkpoint)
     assert runs.start(run, resume=True, **settings).wait() == [0]
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000100"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {f"step-{max_steps:08d}"}
     assert_same_weights(whole, run)
-    assert_one_line_per_step(run, 100)
+    assert_one_line_per_step(run, max_steps)
 
 
 def test_killed_while_it_saves(runs, tmp_path):
@@ -108,22 +111,35 @@ def test_killed_at_every_event_of_a_save(runs, tmp_path):
     kill_in_saves(runs, tmp_path, range(1, 60))
 
 
-def test_a_launcher_that_is_killed_leaves_nothing_running(runs, tmp_path):
+@pytest.mark.parametrize(
+    ("num_processes", "launcher_words"),
+    [
+        pytest.param(2, torchrun(2), id="torchrun"),
+        pytest.param(
+            1,
+            ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            id="accelerate launch",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_launcher_that_is_killed_leaves_nothing_running(runs, tmp_path, num_processes, launcher_words):
     settings = {**SETTINGS, "max_steps": 40, "save_steps": 3, "dataloader_num_workers": 1}
     whole, run, hold = tmp_path / "whole", tmp_path / "killed", tmp_path / "hold"
     hold.touch()
-    launcher = launch(run, *torchrun(2), num_processes=2, hold=str(hold), hold_epoch=4, **settings)
+    options = {"num_processes": num_processes, "hold": str(hold), "hold_epoch": 4}
+    launcher = launch(run, *launcher_words, **options, **settings)
     try:
         wait_until(lambda: len(log_of(run)) >= 7 or launcher.poll() is not None, describe=lambda: "no steps")
         orphans = psutil.Process(launcher.pid).children(recursive=True)
-        assert len(orphans) >= 4, "two ranks, each with a loader process"
+        assert len(orphans) >= 2 * num_processes, "ranks, each with a loader process"
     finally:
         launcher.kill()
     wait_until(lambda: not any(is_alive(orphan) for orphan in orphans), describe=lambda: f"{orphans} live on")
     assert "the launcher died" in launcher.communicate()[0]
     assert status(run)["status"] in ("failed", "running")
-    assert runs.start(whole, 2, **settings).wait() == [0, 0]
-    assert runs.start(run, 2, resume=True, **settings).wait() == [0, 0]
+    for folder in (whole, run):
+        assert runs.start(folder, num_processes, resume=True, **settings).wait() == [0] * num_processes
     assert_same_weights(whole, run)
     assert samples_by_step(run) == samples_by_step(whole)
 

@@ -127,7 +127,11 @@ def write_checkpoint(
     target = checkpoint_folder(output_dir, step)
     partial = target.with_name(f"{PARTIAL_PREFIX}{fence}-{target.name}")
     # Collective where the model is sharded, so on all processes and before anything can fail on one.
-    shared = {MODEL_FILE: model_tensors(model), OPTIMIZER_FILE: optimizer_state(optimizer)}
+    is_main = processes.is_main
+    shared = {
+        MODEL_FILE: model_tensors(model, keep=is_main),
+        OPTIMIZER_FILE: optimizer_state(optimizer, keep=is_main),
+    }
     try:
         with processes.together():
             if processes.is_main:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -49,9 +50,10 @@ class ProcessWatch:
         self._peers: dict[int, socket.socket] = {}
 
     def __enter__(self) -> "ProcessWatch":
-        # torchrun and `accelerate launch` on several processes wait for what they start; a shell may not.
-        if dist.is_torchelastic_launched():
-            threading.Thread(target=self._watch_parent, args=(os.getppid(),), name="launcher", daemon=True).start()
+        parent = os.getppid()
+        # Launchers wait for what they start; a shell may not.
+        if dist.is_torchelastic_launched() or _is_accelerate(parent):
+            threading.Thread(target=self._watch_parent, args=(parent,), name="launcher", daemon=True).start()
         if self.processes.size > 1:
             self._connect()
             for rank, peer in self._peers.items():
@@ -145,6 +147,15 @@ class ProcessWatch:
     def _die(self, cause: str) -> None:
         if self.announce(cause):
             self.on_death(cause)
+
+
+def _is_accelerate(process: int) -> bool:
+    """Whether a process is `accelerate launch`, which starts a single process as a plain child."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words)
 
 
 def _listen() -> socket.socket:

@@ -82,7 +82,9 @@ class RunSession:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         try:
-            if error is not None and self._close is not None:
+            if error is not None and self._close is None:
+                self.watch.announce(describe_error(error))
+            elif error is not None and self._close is not None:
                 self._fail(error, self._close)
             elif self._close is not None:
                 self._close()

@@ -16,9 +16,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .files import as_system_error
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, each once, whole. Collective where the model is sharded."""
-    return {name: _whole(tensor.detach()).contiguous() for name, tensor in _named_tensors(model).items()}
+def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each once, whole, in main memory. Collective where the model is sharded; a
+    process that has no use for them says so."""
+    tensors = {}
+    for name, tensor in _named_tensors(model).items():
+        whole = _whole(tensor.detach())
+        if keep:
+            tensors[name] = whole.cpu().contiguous()
+    return tensors
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -43,9 +49,9 @@ def load_model_tensors(model: nn.Module, path: Path) -> None:
         target.copy_(_spread_like(loaded[name], target))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's `state_dict`, its tensors whole. Collective where they are sharded."""
-    return _map_tensors(optimizer.state_dict(), _whole)
+def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Any]:
+    """The optimiser's `state_dict`, its tensors whole, as [`model_tensors`] gives the model's."""
+    return _map_tensors(optimizer.state_dict(), lambda tensor: _kept(tensor, keep))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -68,6 +74,11 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _kept(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    whole = _whole(tensor)
+    return whole.cpu() if keep else torch.empty(0)
 
 
 def _spread_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

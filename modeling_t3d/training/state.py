@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Where a run stands, what must be the same for a resumed run to be the same run, and the folder that it leaves."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,11 +117,14 @@ def save_model_folder(
         processes ([`ProcessGroup`]): of the run.
         before_rename (callable): called on the main process; what it raises leaves the former folder.
     """
-    tensors = model_tensors(model)
-    partial = target.with_name(f"{PARTIAL_PREFIX}{target.name}")
+    tensors = model_tensors(model, keep=processes.is_main)
+    # Of this process alone: a former run that wakes up may be writing, too.
+    partial = target.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{target.name}")
     with processes.together():
         if processes.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            before_rename()
+            for leftover in target.parent.glob(f"{PARTIAL_PREFIX}*-{target.name}"):
+                shutil.rmtree(leftover)
             model.save_pretrained(partial, state_dict=tensors)
             if processor is not None:
                 processor.save_pretrained(partial)
