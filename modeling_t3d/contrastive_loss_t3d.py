@@ -34,11 +34,22 @@ class _Tiles(NamedTuple):
         for start in range(0, max(num_rows, 1), self.chunk_size):
             yield start, min(start + self.chunk_size, num_rows)
 
+    def buffer(self, anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Room for a tile: fresh memory for each would cost as much as filling it."""
+        return candidates.new_empty(min(self.chunk_size, len(anchors)), len(candidates))
+
     def logits(
-        self, anchors: torch.Tensor, candidates: torch.Tensor, scale: torch.Tensor, start: int, stop: int
+        self,
+        anchors: torch.Tensor,
+        candidates: torch.Tensor,
+        scale: torch.Tensor,
+        start: int,
+        stop: int,
+        buffer: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scaled similarities of some anchors to all candidates, and which of them are excluded."""
-        return (anchors[start:stop] * scale) @ candidates.T, self.identities.mask(start, stop)
+        logits = torch.mm(anchors[start:stop] * scale, candidates.T, out=buffer[: stop - start])
+        return logits, self.identities.mask(start, stop)
 
 
 def _tiles(
@@ -86,10 +97,10 @@ class _OnlineLogSum:
         return self.maximum + self.sum.log()
 
 
-def _row_log_sum(logits: torch.Tensor) -> torch.Tensor:
+def _row_log_sum(logits: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """`logsumexp` over the last axis; every row has a finite logit, its own pair's."""
     maximum = logits.amax(dim=1, keepdim=True)
-    return (logits - maximum).exp_().sum(dim=1).log_() + maximum[:, 0]
+    return torch.sub(logits, maximum, out=buffer[: len(logits)]).exp_().sum(dim=1).log_() + maximum[:, 0]
 
 
 def _measure(
@@ -99,8 +110,9 @@ def _measure(
     log_sums, on_target, target_sums, is_anchor = [], [], [], []
     columns = _OnlineLogSum(candidates[:, 0])
     on_column = torch.zeros_like(candidates[:, 0])
+    first, second = (tiles.buffer(anchors, candidates) for _ in range(2))
     for start, stop in tiles.rows(len(anchors)):
-        logits, excluded = tiles.logits(anchors, candidates, scale, start, stop)
+        logits, excluded = tiles.logits(anchors, candidates, scale, start, stop, first)
         own = logits.diagonal(tiles.offset + start).clone()
         if tiles.soft is None:
             on_target.append(own)
@@ -117,7 +129,7 @@ def _measure(
         else:
             logits.masked_fill_(excluded, -torch.inf)
             is_anchor.append((~excluded).sum(dim=1) > 1)
-        log_sums.append(_row_log_sum(logits))
+        log_sums.append(_row_log_sum(logits, second))
         if both:
             columns.add(logits)
     row_sums = torch.cat(target_sums) if target_sums else None
@@ -147,16 +159,19 @@ def _differentiate(
     of_candidates = torch.zeros_like(candidates) if by_candidates else None
     rows, columns = statistics[0], statistics[1] if len(statistics) > 1 else None
     weight = rows.is_anchor.to(anchors.dtype) / 2
+    # exp(logits - shift) = weight * softmax
+    row_shift = (rows.log_sum - weight.log())[:, None]
+    column_shift = None if columns is None else columns.log_sum - weight.log()
+    first, second = (tiles.buffer(anchors, candidates) for _ in range(2))
     for start, stop in tiles.rows(len(anchors)):
-        logits, excluded = tiles.logits(anchors, candidates, scale, start, stop)
+        logits, excluded = tiles.logits(anchors, candidates, scale, start, stop, first)
         if excluded is not None:
             logits.masked_fill_(excluded, -torch.inf)
         # d loss / d logits = weight * (softmax - targets), over the row and over the column
         from_columns = None
-        if columns is not None:
-            from_columns = (logits - columns.log_sum).exp_().mul_(weight)
-        own_weight = weight[start:stop, None]
-        gradient = logits.sub_(rows.log_sum[start:stop, None]).exp_().mul_(own_weight)
+        if column_shift is not None:
+            from_columns = torch.sub(logits, column_shift, out=second[: stop - start]).exp_()
+        gradient = logits.sub_(row_shift[start:stop]).exp_()
         if from_columns is not None:
             gradient += from_columns
         if tiles.soft is None:
@@ -164,7 +179,7 @@ def _differentiate(
         else:
             targets = tiles.soft.tile(start, stop, tiles.offset)
             targets = targets if excluded is None else targets.masked_fill_(excluded, 0.0)
-            shares = own_weight / rows.target_sum[start:stop, None]  # type: ignore[index]
+            shares = weight[start:stop, None] / rows.target_sum[start:stop, None]  # type: ignore[index]
             gradient -= targets * (shares if columns is None else shares + weight / rows.target_sum)
         pulled = gradient @ candidates
         of_scale += (pulled * anchors[start:stop]).sum()
@@ -295,8 +310,9 @@ class _ContrastiveSigmoid(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros_like(scale)
         with torch.autocast(image.device.type, enabled=False):
+            buffer = tiles.buffer(image, all_text)
             for start, stop in tiles.rows(len(image)):
-                logits, excluded = tiles.logits(image, all_text, scale, start, stop)
+                logits, excluded = tiles.logits(image, all_text, scale, start, stop, buffer)
                 logits += bias
                 logits.diagonal(tiles.offset + start).neg_()
                 losses = nn.functional.softplus(logits)
@@ -313,8 +329,9 @@ class _ContrastiveSigmoid(torch.autograd.Function):
         of_image, of_text = torch.empty_like(image), torch.zeros_like(all_text)
         of_scale, of_bias = torch.zeros_like(scale), torch.zeros_like(bias)
         with torch.autocast(image.device.type, enabled=False):
+            buffer = tiles.buffer(image, all_text)
             for start, stop in tiles.rows(len(image)):
-                logits, excluded = tiles.logits(image, all_text, scale, start, stop)
+                logits, excluded = tiles.logits(image, all_text, scale, start, stop, buffer)
                 gradient = logits.add_(bias).sigmoid_()
                 # d softplus(-z) / dz = sigmoid(z) - 1
                 gradient.diagonal(tiles.offset + start).sub_(1.0)
