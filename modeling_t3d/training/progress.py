@@ -128,10 +128,18 @@ class ProgressReporter:
         settings (`dict`): for the trackers.
         total (`int`, *optional*): optimiser steps, where known beforehand.
         step (`int`): where the run starts; what a killed run logged beyond is dropped.
+        name (`str`): of the run, the same when it is resumed.
     """
 
     def __init__(
-        self, accelerator: Accelerator, output_dir: Path, settings: dict[str, Any], *, total: int | None, step: int
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        settings: dict[str, Any],
+        *,
+        total: int | None,
+        step: int,
+        name: str,
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / "log.jsonl"
@@ -147,10 +155,16 @@ class ProgressReporter:
         if accelerator.is_main_process:
             self._rewind(step)
         plain = {
-            name: value if isinstance(value, (int, float, str, bool)) else str(value)
-            for name, value in settings.items()
+            setting: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for setting, value in settings.items()
         }
-        accelerator.init_trackers("tracker", plain, {"tensorboard": {"purge_step": step + 1}})
+        # A resumed run goes on in the same curves; TensorBoard is told to forget what the killed one logged beyond.
+        continued = {
+            "tensorboard": {"purge_step": step + 1},
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"id": name, "resume": "allow"},
+        }
+        accelerator.init_trackers("tracker", plain, continued)
 
     def _rewind(self, step: int) -> None:
         if not self.path.exists():

@@ -4,8 +4,9 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class TrainerState:
         epoch (`int`), next_batch (`int`): the next micro-batch of each process is this one of this epoch.
         elapsed_seconds (`float`): time spent in training steps, over all resumptions.
         num_volumes (`int`): volume-report pairs seen, over all processes.
+        run (`str`): its name in trackers, kept over all resumptions.
         evaluated_step (`int`, *optional*): when the model was last validated.
         best_step (`int`, *optional*), best_metric (`float`, *optional*): when the metric that chooses the best
             checkpoint was best, and what it was.
@@ -40,6 +42,7 @@ class TrainerState:
     next_batch: int = 0
     elapsed_seconds: float = 0.0
     num_volumes: int = 0
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluated_step: int | None = None
     best_step: int | None = None
     best_metric: float | None = None

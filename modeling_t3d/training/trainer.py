@@ -177,7 +177,12 @@ class T3DTrainer:
             random_state_of_rank = self._resume() if resume else None
             settings = self.args.to_dict()
             reporter = ProgressReporter(
-                self.accelerator, self.output_dir, settings, total=self.total_steps, step=self.state.step
+                self.accelerator,
+                self.output_dir,
+                settings,
+                total=self.total_steps,
+                step=self.state.step,
+                name=self.state.run,
             )
             if random_state_of_rank is not None:
                 restore_random_state(random_state_of_rank)
