@@ -7,13 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 
 from modeling_t3d.training.arguments import ConfigurationError, T3DTrainingArguments
-from modeling_t3d.training.parallel import running_strategy
+from modeling_t3d.training.parallel import running_strategy, wrap_model
 from modeling_t3d.training.preflight import refuse_before_training
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
@@ -70,6 +72,14 @@ def test_trainer_refuses_the_former_sharding_and_accepts_the_present_one():
     with pytest.raises(ConfigurationError, match="not as fsdp1"):
         refuse_before_training(StartedAs(DistributedType.FSDP), args, 100, 1)
     refuse_before_training(StartedAs(DistributedType.FSDP, is_fsdp2=True), args, 100, 1)
+
+
+def test_trainer_refuses_parameters_off_the_device():
+    accelerator = StartedAs(DistributedType.FSDP, is_fsdp2=True)
+    accelerator.device = torch.device("cpu")
+    accelerator.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)
+    with pytest.raises(ConfigurationError, match="fsdp_offload_params=true keeps"):
+        wrap_model(accelerator, nn.Linear(2, 2), T3DTrainingArguments("unused"))
 
 
 def test_a_single_process_is_not_what_a_strategy_asks_for():

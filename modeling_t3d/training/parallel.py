@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .batch_norm import prepare_batch_norm
@@ -53,9 +53,12 @@ def _shard(accelerator: Accelerator, model: Any, args: T3DTrainingArguments) -> 
     options = {}
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise ConfigurationError(
+                "fsdp_offload_params=true keeps a part of the model off the device, where the trainer cannot clip its "
+                "gradients with the others; set it to false in the Accelerate configuration"
+            )
         options["reshard_after_forward"] = plugin.reshard_after_forward
-        if plugin.cpu_offload:
-            options["offload_policy"] = plugin.cpu_offload
     autocast = None if accelerator.mixed_precision == "no" else accelerator.autocast
     return shard_model(model, accelerator.device, autocast, **options)
 
