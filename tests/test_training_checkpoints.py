@@ -9,7 +9,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.optim import AdamW
 
 from modeling_t3d.training import checkpoints
 from modeling_t3d.training.checkpoints import (
@@ -18,10 +20,12 @@ from modeling_t3d.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     read_state,
+    remove_partial,
     restore_random_state,
     verify_checkpoint,
     write_checkpoint,
 )
+from modeling_t3d.training.processes import describe_error
 
 
 def build(width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -99,6 +103,81 @@ def test_damage_is_found(tmp_path, name, damage):
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{name} is (missing|not what was written)$"):
         verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "random_state_0.pt", "state.json", "manifest.json"]
+)
+def test_a_flipped_bit_anywhere_is_found(tmp_path, name):
+    """Of the manifest, too, in its white space as in its hashes."""
+    path = write(tmp_path) / name
+    content = path.read_bytes()
+    for position in range(0, len(content), 1 + len(content) // 200):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(path.parent)
+    path.write_bytes(content)
+    verify_checkpoint(path.parent)
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
+    """Killed between the two renames of a checkpoint that is written again: the former one counts."""
+    folder = write(tmp_path)
+    folder.rename(folder.with_name(f".partial-former-{folder.name}"))
+    (folder.parent / ".partial-1-step-00000001").mkdir()
+    assert list_checkpoints(tmp_path) == []
+    remove_partial(tmp_path)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    verify_checkpoint(folder)
+
+
+def test_what_a_former_run_left_is_removed_at_the_start_alone(tmp_path):
+    """A run removes what it left itself; another's may be a run's that took over."""
+    write(tmp_path, fence=2)
+    for name in (".partial-1-step-00000002", ".partial-2-step-00000002"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    write(tmp_path, 2, fence=2)
+    assert {path.name for path in (tmp_path / "checkpoints").glob(".*")} == {".partial-1-step-00000002"}
+    remove_partial(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_shared_parameters_and_memory_formats(tmp_path):
+    """A parameter with two names is written once; one that lies in another order comes back as it lay."""
+
+    def build_shared() -> nn.Module:
+        model = nn.ModuleDict({"first": nn.Linear(3, 3), "conv": nn.Conv3d(2, 2, 3), "last": nn.Linear(3, 3)})
+        model["last"].weight = model["first"].weight
+        return model.to(memory_format=torch.channels_last_3d)
+
+    model, other = build_shared(), build_shared()
+    folder = write(tmp_path, model=model, optimizer=AdamW(model.parameters()))
+    load_checkpoint(folder, model=other, optimizer=AdamW(other.parameters()))
+    assert "last.weight" not in load_file(folder / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    assert other["last"].weight is other["first"].weight
+    assert other["conv"].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device", "a.pt"), "OSError: [Errno 28] No space left on device: 'a.pt'"),
+        (RuntimeError("first\nsecond"), "RuntimeError: first"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (
+            OSError(
+                "Caught OSError in worker 0.\nOriginal Traceback (most recent call last):\n  line\nOSError: gone\n"
+            ),
+            "OSError: gone",
+        ),
+    ],
+)
+def test_an_error_in_one_line(error, text):
+    assert describe_error(error) == text
 
 
 def test_a_manifest_that_is_missing_or_of_another_format(tmp_path):

@@ -247,7 +247,7 @@ def verify_checkpoint(folder: str | Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
-        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
+        if path.stat().st_size != entry.get("bytes") or hash_file(path) != entry.get("sha256"):
             raise CheckpointError(f"{folder}: {name} is not what was written")
 
 
