@@ -3,16 +3,19 @@
 """A store is filled by several processes whatever dies on the way, each volume once; nothing is left out silently."""
 
 import csv
+import itertools
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modeling_t3d.data import build
 from modeling_t3d.data.build import BuildError, addresses_below, build_store, write_stored_manifest
-from modeling_t3d.data.build_tasks import rescaled_key
+from modeling_t3d.data.build_tasks import PreparationTask, bundled, rescaled_key
 from modeling_t3d.data.datasets import PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.manifest_files import write_records
@@ -187,6 +190,47 @@ def test_a_volume_that_kills_its_workers_is_quarantined(cluster, rows, tmp_path)
     )
     assert list(report.keys) == [2]
     assert "every worker that prepared it died" in report.unreadable[0].reason
+
+
+@pytest.mark.slow
+def test_of_volumes_that_go_together_the_deadly_one_alone_is_quarantined(cluster, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_BUNDLES_PER_THREAD", 1)
+    rows, bundles = rows[:4], []
+    monkeypatch.setattr(build, "bundled", lambda *arguments: bundles.extend(bundled(*arguments)) or bundles)
+    report = build_store(
+        rows,
+        tmp_path / "store",
+        DeadlyProcessor(PROCESSOR, rows[3].volume.name),
+        scheduler=cluster.scheduler_address,
+        max_unreadable=1,
+    )
+    assert len(bundles) < len(rows), "volumes went together"
+    assert [outcome.task.number for outcome in report.unreadable] == [rows[3].number]
+    assert sorted(report.keys) == [row.number for row in rows if row is not rows[3]]
+    assert files_of(tmp_path / "store") == sorted(f"{key}.t3d" for key in report.keys.values())
+
+
+def test_small_volumes_go_to_workers_together(cluster, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_BUNDLES_PER_THREAD", 1)
+    outcomes = []
+    report = build_store(
+        rows, tmp_path / "store", PROCESSOR, scheduler=cluster.scheduler_address, on_outcome=outcomes.append
+    )
+    assert report.num_added == 12
+    assert len(outcomes) == 12
+    assert report.keys == build_store(rows, tmp_path / "other", PROCESSOR, num_workers=0).keys
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(0, 20 << 20), max_size=60), most=st.integers(1, 20))
+def test_small_volumes_make_bundles_and_large_ones_stay_alone(sizes, most):
+    tasks = [PreparationTask(number, "x", None, size) for number, size in enumerate(sorted(sizes, reverse=True))]
+    bundles = list(bundled(tasks, most))
+    assert [task for bundle in bundles for task in bundle] == tasks
+    assert all(len(bundle) <= most for bundle in bundles)
+    assert all(len(bundle) == 1 or sum(task.size for task in bundle) <= 16 << 20 for bundle in bundles)
+    for one, other in itertools.pairwise(bundles):
+        assert len(one) == most or sum(task.size for task in [*one, other[0]]) > 16 << 20, "as few as possible"
 
 
 class DeadlyProcessor:

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +23,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .build_tasks import PreparationOutcome, PreparationTask, RemoteSource, is_remote, run_task
+from .build_tasks import (
+    PreparationOutcome,
+    PreparationTask,
+    RemoteSource,
+    bundled,
+    is_remote,
+    run_task,
+    run_tasks,
+)
 from .manifest import ManifestRow, parse_row
 from .manifest_files import read_records, relative_to, write_records
 from .store import VolumeStore
@@ -34,6 +42,7 @@ _CONNECT = 30  # seconds until a scheduler that does not answer is an error
 _WAIT_FOR_WORKERS = 300  # seconds until a cluster without workers is an error
 _REFRESH = 5.0  # seconds between two looks at how many workers there are
 _TELL_EVERY = 60.0  # seconds between two lines of a log that shows no bar
+_BUNDLES_PER_THREAD = 4  # at least, however small the volumes are: the last ones to finish are few
 _RETRIES = 2  # of a task that failed through no fault of its volume, such as a lost connection to the store
 
 
@@ -176,39 +185,55 @@ def _on_dask(
     scheduler: str | None,
     num_workers: int | None,
 ) -> Iterator[PreparationOutcome]:
-    """Outcomes as they come. Two tasks per thread are under way, so that the order of the sizes is kept."""
+    """
+    Outcomes as they come. Two bundles per thread are under way, so that the order of the sizes is kept. The tasks of
+    one whose workers died come last and one by one, with nothing beside them, so that the culprit alone is given up.
+    """
     with _connected(scheduler, num_workers) as (client, distributed):
         done = distributed.as_completed()
-        waiting = iter(tasks)
-        under_way: dict[Any, PreparationTask] = {}
+        num_threads = max(1, sum(client.nthreads().values()))
+        waiting = deque(bundled(tasks, math.ceil(len(tasks) / (_BUNDLES_PER_THREAD * num_threads))))
+        under_way: dict[Any, list[PreparationTask]] = {}
+        suspects: deque[PreparationTask] = deque()
         wanted = looked = 0.0
 
         def submit() -> None:
             nonlocal wanted, looked
             if time.monotonic() - looked > _REFRESH:  # a cluster may grow, and its workers may die
                 wanted, looked = max(2, 2 * sum(client.nthreads().values())), time.monotonic()
-            while len(under_way) < wanted and (task := next(waiting, None)) is not None:
-                key = f"prepare-{task.number}-{uuid.uuid4().hex}"
-                future = client.submit(run_task, task, store, image_processor, key=key, pure=False, retries=_RETRIES)
-                under_way[future] = task
+            if suspects and not waiting and not under_way:
+                waiting.append([suspects.popleft()])
+            while len(under_way) < wanted and waiting:
+                bundle = waiting.popleft()
+                key = f"prepare-{bundle[0].number}-{uuid.uuid4().hex}"
+                future = client.submit(
+                    run_tasks, bundle, store, image_processor, key=key, pure=False, retries=_RETRIES
+                )
+                under_way[future] = bundle
                 done.add(future)
 
         submit()
         for future in done:
-            yield _outcome(future, under_way.pop(future), distributed)
+            bundle = under_way.pop(future)
+            if len(bundle) > 1 and isinstance(future.exception(), distributed.KilledWorker):
+                suspects.extend(bundle)
+            else:
+                yield from _outcomes(future, bundle, distributed)
             submit()
 
 
-def _outcome(future: Any, task: PreparationTask, distributed: Any) -> PreparationOutcome:
+def _outcomes(future: Any, bundle: list[PreparationTask], distributed: Any) -> list[PreparationOutcome]:
     error = future.exception()
     if error is None:
         return future.result()
+    task, *others = bundle
     if isinstance(error, distributed.KilledWorker):
         reason = "every worker that prepared it died, for lack of memory most likely; give the workers more"
-        return PreparationOutcome(task, "unreadable", reason=f"{task.source}: {reason}")
+        return [PreparationOutcome(task, "unreadable", reason=f"{task.source}: {reason}")]
+    rows = f"row {task.number}" + (f" or one of the {len(others)} begun after it" if others else "")
     raise BuildError(
-        f"row {task.number}: {type(error).__name__}: {error}; mend the store or the cluster and call again, what was "
-        "stored is kept"
+        f"{rows}: {type(error).__name__}: {error}; mend the store or the cluster and call again, what was stored is "
+        "kept"
     ) from error
 
 

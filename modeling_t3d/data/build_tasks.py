@@ -23,6 +23,7 @@ from .sources import open_source
 from .store import VolumeStore
 from .store_files import connect, publish
 
+_BUNDLE = 16 << 20  # bytes of sources that go to a worker together; preparing them takes about a second
 # The store's disk is full or gone: no volume is to blame, and the build must stop.
 _STORE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE}
 
@@ -97,6 +98,29 @@ def run_task(task: PreparationTask, store: VolumeStore, image_processor: Any) ->
         )
     store.add(key, prepared)
     return PreparationOutcome(task, "added", key, "", prepared.warnings, time.monotonic() - begun)
+
+
+def run_tasks(tasks: list[PreparationTask], store: VolumeStore, image_processor: Any) -> list[PreparationOutcome]:
+    """Several small tasks, one after the other: sending one to a worker costs more than a tiny volume takes."""
+    return [run_task(task, store, image_processor) for task in tasks]
+
+
+def bundled(tasks: list[PreparationTask], most: int) -> Iterator[list[PreparationTask]]:
+    """
+    The same tasks in the same order, neighbours together while their sources are small.
+
+    Args:
+        tasks (`list[PreparationTask]`): the largest first.
+        most (`int`): tasks that may go together, so that every worker gets its share.
+    """
+    bundle: list[PreparationTask] = []
+    for task in tasks:
+        if bundle and (len(bundle) >= most or sum(one.size for one in bundle) + task.size > _BUNDLE):
+            yield bundle
+            bundle = []
+        bundle.append(task)
+    if bundle:
+        yield bundle
 
 
 def _reason(source: str, error: Exception) -> str:
@@ -181,4 +205,13 @@ class RemoteSource:
                 raise type(error)(str(error).replace(str(path), self.url)) from None
 
 
-__all__ = ["PreparationOutcome", "PreparationTask", "RemoteSource", "is_remote", "rescaled_key", "run_task"]
+__all__ = [
+    "PreparationOutcome",
+    "PreparationTask",
+    "RemoteSource",
+    "bundled",
+    "is_remote",
+    "rescaled_key",
+    "run_task",
+    "run_tasks",
+]
