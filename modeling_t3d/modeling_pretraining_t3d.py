@@ -133,9 +133,13 @@ class T3DForPreTraining(T3DPreTrainedModel):
         """Whether a term other than that of sentences reads the volumes' embeddings."""
         return self.config.lambda_gca > 0 and self.config.gca_views == "volume"
 
-    def project_tokens(self, local_hidden_state: torch.Tensor) -> torch.Tensor:
-        """Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`."""
-        with frozen_batch_norm_statistics(self.t3d.visual_projection):  # they are those of pooled volumes
+    def project_tokens(self, local_hidden_state: torch.Tensor, projects_others: bool = True) -> torch.Tensor:
+        """
+        Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`. Running batch
+        statistics are those of pooled volumes or views, where these are projected too.
+        """
+        projection = self.t3d.visual_projection
+        with frozen_batch_norm_statistics(projection) if projects_others else nullcontext():
             return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
 
     def encode_sentences(
@@ -280,7 +284,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 local_mask = torch.ones(local_pixel_values.shape[:2], dtype=torch.bool)
             local_mask = features["local_mask"] = local_mask.to(device, torch.bool)
         if reads_views and self.multi_view_alignment is not None:
-            features["local_tokens"] = self.project_tokens(maps)
+            projects_views = self.config.gca_views == "local" and self.config.lambda_gca > 0
+            features["local_tokens"] = self.project_tokens(maps, projects_views or features.image_features is not None)
         if reads_views and (self.config.gca_views == "local" or self.config.tma_query == "mean"):
             features["local_features"] = self.t3d.visual_projection(maps.mean(dim=(3, 4, 5)))
         if restores or (return_loss and self._aligns_views and self.config.tma_query == "vision"):

@@ -204,6 +204,18 @@ def test_the_mean_of_a_view_asks_nothing_and_has_no_parameters():
     torch.testing.assert_close(views, unit_norm(features).unflatten(0, (4, 3)))
 
 
+@pytest.mark.parametrize("overrides", [OBJECTIVES["v1"], OBJECTIVES["gtgm"], OBJECTIVES["v3"], {**RESTORES, **ALONE}])
+def test_running_statistics_move_whatever_is_encoded(overrides):
+    """A tower whose statistics stayed where they began would be another one in evaluation."""
+    batch_norm = {"vision_config": {"norm": "batch"}, "projection_norm": "batch"}
+    model = model_of(**{"tir_block_size": 4, "num_tir_heads": 2, **overrides, **batch_norm})
+    model(**tiny_batch(4, 2))
+    norms = {name: module for name, module in model.named_modules() if hasattr(module, "num_batches_tracked")}
+    still = {name for name, norm in norms.items() if not norm.num_batches_tracked}
+    # Restoration has a projection of its own.
+    assert still == ({"t3d.visual_projection.norm"} if overrides.get("lambda_tma") == 0 else set())
+
+
 # ----------------------------------------------------------------------------------------- named objectives
 
 
