@@ -70,7 +70,8 @@ setup(
         "nibabel>=5.2",
         # Transformers asks for Pillow before it loads any image processor.
         "pillow>=10.0",
-        "monai>=1.5",
+        # 1.5.0 refuses torch from 2.7 on.
+        "monai>=1.5.1",
         "evaluate>=0.4.3",
         # Stored volumes: addresses and checksums. Evaluate needs both, too.
         "fsspec>=2023.10",
