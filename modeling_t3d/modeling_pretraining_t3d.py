@@ -214,6 +214,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
         if self._aligns_views and self.config.tma_query == "vision":
             features["report_tokens"], features["report_mask"] = tokens.detach(), mask
         if self.restoration is not None:
+            if self.config.tir_report == "other":
+                if len(tokens) < 2:
+                    raise ValueError('tir_report="other" needs another report: encode at least 2 pairs at a time')
+                tokens, mask = tokens.roll(1, dims=0), mask.roll(1, dims=0)
             errors, voxels = self.restore_views(local_pixel_values, local_mask, tokens, mask, corruption_seeds)
             features["restoration_errors"], features["restoration_voxels"] = errors, voxels
         return features
@@ -239,7 +243,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
     ) -> T3DPairFeatures:
         """
         Everything that the objectives need of these pairs. No field of a pair depends on another pair, except through
-        a batch norm in training mode.
+        a batch norm in training mode, and in the control `tir_report="other"`.
 
         Args:
             return_loss (`bool`, defaults to `True`): also what the embeddings alone do not need.

@@ -66,6 +66,17 @@ def test_restoration_alone_trains_what_it_uses():
     assert set(still) <= {"key_projection.bias"}
 
 
+def test_restoration_with_reports_of_others_is_the_control():
+    model, batch, seeds = model_of(**RESTORES, **ALONE).eval(), tiny_batch(), torch.arange(3)
+    reports = {name: batch[name].roll(1, dims=0) for name in ("input_ids", "attention_mask")}
+    moved_reports = model(**{**batch, **reports}, corruption_seeds=seeds).loss_tir
+    assert moved_reports != model(**batch, corruption_seeds=seeds).loss_tir
+    model.config.tir_report = "other"
+    assert model(**batch, corruption_seeds=seeds).loss_tir == moved_reports
+    with pytest.raises(ValueError, match="encode at least 2 pairs at a time"):
+        model(**tiny_batch(1))
+
+
 def test_a_whole_batch_of_one_pair_can_be_restored():
     assert torch.isfinite(model_of(**RESTORES, **ALONE)(**tiny_batch(1)).loss)
 
