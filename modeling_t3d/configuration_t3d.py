@@ -227,8 +227,8 @@ class T3DConfig(PreTrainedConfig):
         tir_block_size (`int`, defaults to 16), tir_mask_ratio (`float`, defaults to 0.5), tir_noise (`float`, 0.1):
             Corruption that restoration undoes: edge of the zeroed blocks in voxels, the share of them, and the
             standard deviation of the noise in the unit of the scaled views [choice].
-        tir_report (`"own"` or `"other"`, defaults to `"own"`): whose report helps to restore a view; `"other"` takes the
-            next pair's of the batch that is encoded, the control that tells whether text helps [choice].
+        tir_report (`"own"` or `"other"`, defaults to `"own"`): whose report helps to restore a view; `"other"` takes
+            the next pair's of the batch that is encoded, the control that tells whether text helps [choice].
         num_tir_heads (`int`, defaults to 8): attention heads of the restoration's look at the report [choice].
         tir_decoder_channels (`list[int]`, *optional*): channels after each doubling, coarsest first; half as many as
             before, and at least 16, by default [choice].
