@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from training_runs import ROOT, STUB, Run, TrainingRuns, assert_same_weights, log_of, shared_runs, status
 from training_stub import NUM_SAMPLES
@@ -126,7 +125,7 @@ def test_a_loader_process_that_dies(runs, tmp_path):
     settings = {**SETTINGS, "logging_steps": 1, "dataloader_num_workers": 1}
     run = runs.start(folder, hold=hold(tmp_path), hold_epoch=1, **settings)
     run.wait_for(lambda: len(log_of(folder)) >= 5)
-    (loader,) = psutil.Process(run.processes[0]).children()
+    (loader,) = run.loaders(0)
     loader.kill()
     assert_stopped(run, folder, r"DataLoader worker .*(is killed by signal: Killed|exited unexpectedly)", step=4)
     assert "lower training.dataloader_num_workers" in run.output()

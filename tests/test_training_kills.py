@@ -67,9 +67,7 @@ def kill_and_resume(runs: TrainingRuns, folder: Path, num_processes: int, num_ki
         time.sleep(moments.uniform(0, 0.1))
         victim = moments.choice(["rank", "all", "loader"])
         if victim == "loader":
-            children = psutil.Process(moments.choice(process.processes)).children()
-            assert children, "the run has loader processes"
-            children[0].kill()
+            process.loaders(moments.randrange(num_processes))[0].kill()
         else:
             process.signal(signal.SIGKILL, None if victim == "all" else moments.randrange(num_processes))
         assert not {0, None} & {*process.wait()}, f"kill {number}: {process.output()}"
@@ -149,8 +147,8 @@ def test_a_rank_that_dies_ends_the_other_while_it_waits_for_data(runs, tmp_path,
     """No collective fails here: the step would take an hour."""
     run = runs.start(tmp_path / "run", 2, seconds=1000.0, dataloader_num_workers=1)
     run.wait_for(lambda: (tmp_path / "run" / "status.json").exists())
-    run.wait_for(lambda: all(psutil.Process(process).children() for process in run.processes))
-    loaders = [loader for process in run.processes for loader in psutil.Process(process).children()]
+    run.wait_for(lambda: run.loaders(0) and run.loaders(1))
+    loaders = [*run.loaders(0), *run.loaders(1)]
     run.signal(signal.SIGKILL, victim)
     assert sorted(run.wait()) == [-signal.SIGKILL, 1]
     cause = ("the main process died", "rank 1 died")[victim]
@@ -187,8 +185,7 @@ def test_signals_write_a_checkpoint_and_an_exit_status(runs, tmp_path):
         process = runs.start(run, resume=True, hold=str(hold), hold_epoch=2 * epoch, **settings)
         # Ten steps in two epochs; the next one waits for its data.
         process.wait_for(lambda epoch=epoch: len(log_of(run)) >= 10 * epoch)
-        loaders = psutil.Process(process.processes[0]).children()
-        for loader in loaders:
+        for loader in process.loaders(0):
             loader.send_signal(number)
         process.signal(number)
         process.wait_for(lambda process=process, number=number: number.name in process.output())
@@ -216,6 +213,26 @@ def test_a_signal_to_one_rank_stops_both(runs, tmp_path):
     process.wait_for(lambda: "SIGTERM" in process.output())
     hold.unlink()
     assert process.wait() == [EXIT_STATUS_INTERRUPTED] * 2, process.output()
+    for folder in (whole, run):
+        assert runs.start(folder, 2, resume=True, **settings).wait() == [0, 0]
+    assert_same_weights(whole, run)
+
+
+@pytest.mark.slow
+def test_a_launcher_passes_a_signal_on_and_the_status_file_tells(runs, tmp_path):
+    """torchrun signals whole groups, loader processes included, and exits with a status of its own."""
+    settings = {**SETTINGS, "max_steps": 40, "save_steps": None, "dataloader_num_workers": 1}
+    whole, run, hold = tmp_path / "whole", tmp_path / "stopped", tmp_path / "hold"
+    hold.touch()
+    launcher = launch(run, *torchrun(2), num_processes=2, hold=str(hold), hold_epoch=4, **settings)
+    wait_until(lambda: len(log_of(run)) >= 8 or launcher.poll() is not None, describe=lambda: "no steps")
+    launcher.terminate()
+    heard = (line for line in launcher.stdout if "a checkpoint is written after this step" in line)
+    assert next(heard, None), "the ranks hear it"
+    hold.unlink()
+    output, _ = launcher.communicate()
+    assert launcher.returncode not in (0, EXIT_STATUS_INTERRUPTED)
+    assert status(run)["status"] == "interrupted", output
     for folder in (whole, run):
         assert runs.start(folder, 2, resume=True, **settings).wait() == [0, 0]
     assert_same_weights(whole, run)

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -60,6 +61,11 @@ class Run:
             return False
 
         wait_until(holds, describe=self.output, at_failure=self.kill)
+
+    def loaders(self, rank: int) -> list[psutil.Process]:
+        """The processes that load data for a rank."""
+        children = psutil.Process(self.processes[rank]).children()
+        return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one rank or to all."""
