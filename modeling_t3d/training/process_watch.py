@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
 _CONNECT_SECONDS = 120.0
-_TIDY_SECONDS = 10.0
+_TIDY_SECONDS = 20.0
 _LEAVE = "leave"
 _TOKEN_BYTES = 16
 _RANK_BYTES = 4
@@ -32,7 +32,7 @@ class ProcessWatch:
 
     Every process keeps a connection to the main one. The operating system closes it when a process dies, whatever
     killed it and however busy the other side is; that of a machine that vanished is found dead by keep-alive probes
-    after 25 s. A process that fails says why before it closes; the others then have 10 s to tidy up. A launcher that
+    after 25 s. A process that fails says why before it closes; the others then have 20 s to tidy up. A launcher that
     dies leaves its processes to another parent, at which each looks every 2 s.
 
     Args:

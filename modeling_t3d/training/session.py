@@ -20,7 +20,7 @@ from .run_lock import RunLock, RunLockError
 
 logger = logging.getLogger(__name__)
 
-_CAUSE_SECONDS = 5.0
+_CAUSE_SECONDS = 15.0
 # Settings and volumes are refused with kinds of `ValueError`.
 _EXPECTED = (OSError, ValueError, FloatingPointError, CheckpointError, OtherProcessError, RunLockError)
 
