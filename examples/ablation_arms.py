@@ -26,6 +26,8 @@ from modeling_t3d import (
     T3DProcessor,
     read_volume,
 )
+from modeling_t3d.data.caption_masks import MaskCaptioner, read_label_names
+from modeling_t3d.data.captions import write_captions
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS, phantom_seeds, write_phantoms
@@ -41,7 +43,9 @@ from modeling_t3d.training.checkpoints import write_text_atomically
 from modeling_t3d.training.trainer import T3DTrainer
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
+LABEL_NAMES = Path(__file__).with_name("label_names") / "phantoms.json"
 SPLITS = ("train", "validation", "test")
+CAPTIONS = "captions.csv"  # beside the manifest of reports
 FINDING_NAMES = list(EVALUATION_PROMPTS)
 GROUPS = {
     "macro": FINDING_NAMES,
@@ -87,8 +91,14 @@ class Arm:
         return self.name if self.kind == "shortcut" else f"{self.name}-seed{seed}"
 
 
+def _objective(name: str) -> tuple[str, ...]:
+    """Overrides that give a configuration the objective of a publication, and as many local views."""
+    terms = [f"model.overrides.{key}={value}" for key, value in OBJECTIVES[name].items()]
+    return (*terms, f"image_processor.num_local_views={NUM_LOCAL_VIEWS[name]}")
+
+
 def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
-    """The default of a configuration, one arm for each other value of each switch, restoration, and the controls."""
+    """The default of a configuration, an arm for each other value of each switch, other objectives, the controls."""
     config = T3DConfig.from_preset(settings.model.preset, **settings.model.overrides)
     if not config.lambda_tma:
         raise ValueError("the ablation varies multi-view alignment: give its configuration a lambda_tma above 0")
@@ -103,12 +113,23 @@ def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
             if value != defaults[switch]:
                 name = f"{switch}-{value}".replace("_", "-")
                 arms.append(Arm(name, f"{switch} {value}", (f"{section}.{switch}={value}",)))
-    arms.append(Arm("tir", "GCA + TMA + TIR", ("model.overrides.lambda_tir=1",)))
-    objective = [f"model.overrides.{name}={value}" for name, value in OBJECTIVES["v1"].items()]
-    objective.append(f"image_processor.num_local_views={NUM_LOCAL_VIEWS['v1']}")
-    arms.append(Arm("v1", "TCL + TIR (v1)", tuple(objective)))
+    restores = "model.overrides.lambda_tir=1"
+    captions = (
+        f"data.manifest={Path(settings.data.manifest).with_name(CAPTIONS)}",
+        "data.sections=both",
+        "data.num_sentence_texts=0",
+        "data.crop_perturbation={}",
+    )
     return [
         *arms,
+        Arm("tir", "GCA + TMA + TIR", (restores,)),
+        Arm(
+            "tir-shuffled",
+            "GCA + TMA + TIR with the reports of others",
+            (restores, "model.overrides.tir_report=other"),
+        ),
+        Arm("v1", "TCL + TIR (v1)", _objective("v1")),
+        Arm("gtgm", "GTGM, captions from masks", (*_objective("gtgm"), *captions)),
         Arm("supervised-ceiling", "supervised ceiling (on labels)", kind="supervised"),
         Arm("shortcut-baseline", "shortcut baseline (headers and HU histogram)", kind="shortcut"),
     ]
@@ -133,11 +154,13 @@ def load_splits(
 def prepare_phantoms(
     settings: PretrainingConfiguration, counts: Mapping[str, int], resolution: float, num_threads: int
 ) -> None:
-    """Write the phantoms and prepare all volumes, once for all arms."""
+    """Write the phantoms and captions of their lesions, and prepare all volumes, once for all arms."""
     seeds = [seed for split in SPLITS for seed in phantom_seeds(split, counts[split])]
     workers = max(1, min(num_threads, settings.data.num_preparation_workers))
     folder = Path(settings.data.manifest).parent
-    write_phantoms(folder, seeds, workers, compress=False, masks=("test",), resolution=resolution)
+    manifest = write_phantoms(folder, seeds, workers, compress=False, masks=True, resolution=resolution)
+    captioner = MaskCaptioner(read_label_names(LABEL_NAMES), described=["lesions"])
+    write_captions(manifest, folder / CAPTIONS, captioner, overwrite=True)
     for part in load_splits(settings, T3DImageProcessor(**settings.image_processor)).values():
         part.prepare_all(workers if workers > 1 else 0)
 
@@ -312,7 +335,9 @@ def run_arm(
         num_threads (`int`): of the training process.
         views (`int` or `"grid"`, *optional*): local views of evaluation; as in training by default.
     """
-    settings = load_configuration(config, overrides)
+    # What an arm reads is its own; what measures it are the reports that measure every arm.
+    reports = [override for override in overrides if override.startswith("data.") and override not in arm.overrides]
+    settings = load_configuration(config, [*overrides, *reports])
     if arm.kind == "shortcut":
         return measure_shortcuts(settings)
     if arm.kind == "supervised":

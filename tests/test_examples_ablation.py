@@ -59,16 +59,21 @@ def test_configuration_is_the_quickstart_apart_from_paths_and_views():
     assert other["image_processor"]["num_local_views"] == 4
 
 
+OTHERS = ("tir-shuffled", "v1", "gtgm")
+
+
 def test_arms_differ_from_the_default_by_one_switch(arms):
     default = asdict(load_configuration(CONFIGS / "ablation.yaml"))
     changes = {}
     for arm in arms:
         changed = asdict(load_configuration(CONFIGS / "ablation.yaml", arm.overrides))
         changes[arm.name] = differences(default, changed)
-        expected = 1 if arm.kind == "pretraining" and arm.name not in ("default", "v1") else 0
-        assert len(changes[arm.name]) == expected or arm.name == "v1", arm.name
-    objective = {key.rpartition(".")[2] for key in changes.pop("v1")}
-    assert {"lambda_gca", "lambda_tir", "tma_query", "num_local_views"} <= objective
+        expected = 1 if arm.kind == "pretraining" and arm.name not in ("default", *OTHERS) else 0
+        assert len(changes[arm.name]) == expected or arm.name in OTHERS, arm.name
+    others = {name: {key.rpartition(".")[2] for key in changes.pop(name)} for name in OTHERS}
+    assert others["tir-shuffled"] == {"lambda_tir", "tir_report"}
+    assert {"lambda_gca", "lambda_tir", "tma_query", "num_local_views"} <= others["v1"]
+    assert {"gca_views", "tma_loss", "manifest", "num_local_views"} <= others["gtgm"]
     switches = [key.rpartition(".")[2] for changed in changes.values() for key in changed]
     counts = {name: switches.count(name) for name in sorted(set(switches))}
     assert counts == {
@@ -80,7 +85,7 @@ def test_arms_differ_from_the_default_by_one_switch(arms):
         "view_fusion": 2,
         "view_sampling": 2,
     }
-    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 13
+    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 15
 
 
 def make_result(scripts, arm: str, seed: int, quality: float) -> dict:
