@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..geometry_t3d import Volume
-from ..volume_io_t3d import read_volume
+from ..volume_io_t3d import wrap_volume
 from .builders.rad_chestct import read_rad_chestct
 
 
@@ -28,7 +28,8 @@ def open_source(path: str | Path, rescale: tuple[float, float] | None = None) ->
     is_array = path.suffix == ".npz"
     if rescale is None:
         return read_rad_chestct(path) if is_array else path
-    volume = read_rad_chestct(path) if is_array else read_volume(path)
+    # Sheared grids stay so: the one interpolation is the image processor's.
+    volume = read_rad_chestct(path) if is_array else wrap_volume(path)
     return apply_rescale(volume, rescale)
 
 
