@@ -3,17 +3,19 @@
 """Measures steps that hold few activations against the step that holds all, and what multi-view alignment adds to a
 step of global alignment over the same views.
 
-    python benchmarks/memory.py                        # 16 views of 96^3; about 5 GiB and ten minutes
+    python benchmarks/memory.py                        # 16 views of 96^3; about 5 GiB and some minutes
     python benchmarks/memory.py --size 48 --repetitions 2
 
 Peers run in turn in this process, their gradients compared first. Peak memory is that of a process of its own for
-each, above what it held before the step.
+each, above what it held before the step, with glibc told to give freed blocks back: what it keeps of them depends on
+their order.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -96,9 +98,11 @@ def peak_of_step(name: str, size: int) -> int:
 
 
 def measured_peak(name: str, size: int) -> int:
-    """`peak_of_step` in a process of its own."""
+    """`peak_of_step` in a process of its own, whose allocator gives every larger block back when it is freed."""
     command = [sys.executable, __file__, "--size", str(size), "--peak-of", name]
-    return int(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(json.loads(result.stdout))
 
 
 def medians(peers: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
