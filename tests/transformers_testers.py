@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from body_phantom import body_array, upright_affine
 from model_inputs import TINY_TEXT, TINY_VIT, tiny_config
-from monai.data import MetaTensor
 
 from modeling_t3d import T3DConfig, T3DImageProcessor, T3DVisionConfig, Volume
 
@@ -110,6 +109,8 @@ class ViTDualEncoderTester(DualEncoderTester):
 
 def scans(count: int, torchify: bool = False, equal_resolution: bool = False) -> list[Any]:
     """Scans of unequal shape, as `Volume`s or as MONAI's tensors, which carry their affine."""
+    from monai.data import MetaTensor  # slow to import, and the file is collected where none of its tests run
+
     affine, volumes = upright_affine(SPACING), []
     for seed in range(count):
         array = body_array((30, 28, 32 if equal_resolution else 32 + 2 * seed), seed=seed)
