@@ -1,0 +1,163 @@
+# Copyright 2026 The modeling_t3d authors.
+# Licensed under the Apache License, Version 2.0; see the LICENSE file.
+"""Measures the vision encoder on a CPU against the same weights in MONAI's network, eager and in float32.
+
+    python benchmarks/inference.py --output benchmarks/inference.md
+
+All settings take turns in one process; their embeddings are compared with MONAI's before anything is timed. Which
+instructions for bfloat16 the CPU has is read from the system: without any, bfloat16 is emulated and slow.
+"""
+
+import argparse
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import monai
+import torch
+from monai.networks.nets.resnet import ResNet
+
+from modeling_t3d import T3DConfig, T3DVisionModel
+
+Encoder = Callable[[torch.Tensor], torch.Tensor]
+EXPANSION = 4  # of a bottleneck block
+
+
+def monai_network(model: T3DVisionModel) -> ResNet:
+    """MONAI's network with the weights of a batch-normalised `T3DVisionModel`."""
+    config = model.config
+    network = ResNet(
+        config.layer_type,
+        list(config.depths),
+        [size // EXPANSION for size in config.hidden_sizes],
+        n_input_channels=config.num_channels,
+        conv1_t_size=tuple(config.stem_kernel_size),
+        conv1_t_stride=tuple(config.stem_stride),
+        no_max_pool=not config.stem_pool,
+        shortcut_type=config.shortcut_type,
+        bias_downsample=config.downsample_bias,
+        feed_forward=False,
+    )
+    network.load_state_dict(model.encoder.state_dict())
+    return network.eval()
+
+
+def new_model(seed: int) -> T3DVisionModel:
+    """ResNet-50 whose batch norms have seen views: with fresh statistics, activations would grow with depth."""
+    torch.manual_seed(seed)
+    model = T3DVisionModel(T3DConfig.from_preset("base-batchnorm").vision_config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.momentum = None
+    model.train()
+    with torch.no_grad():
+        model(structured_views(4, 32, seed))
+    return model.eval()
+
+
+def structured_views(count: int, size: int, seed: int) -> torch.Tensor:
+    """Smooth structures of several sizes with noise, in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    views = 0.1 * torch.randn(count, 1, size, size, size, generator=generator)
+    for cells in (2, 4, 8):
+        coarse = torch.randn(count, 1, cells, cells, cells, generator=generator)
+        views += torch.nn.functional.interpolate(coarse, size=(size,) * 3, mode="trilinear") / 2
+    return views.clamp(-1, 1)
+
+
+def settings(model: T3DVisionModel) -> dict[str, Encoder]:
+    """Ways to encode views with the same weights."""
+    network = monai_network(model)
+
+    def copied(dtype: torch.dtype, memory_format: torch.memory_format) -> T3DVisionModel:
+        other = T3DVisionModel(model.config)
+        other.load_state_dict(model.state_dict())
+        return other.eval().to(dtype).to(memory_format=memory_format)
+
+    def pooled(encoder: T3DVisionModel, dtype: torch.dtype, memory_format: torch.memory_format) -> Encoder:
+        return lambda views: encoder(views.to(dtype, memory_format=memory_format)).pooler_output.float()
+
+    encoders: dict[str, Encoder] = {"MONAI, eager, float32": network}
+    for dtype, dtype_name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        for layout, layout_name in (
+            (torch.contiguous_format, "contiguous"),
+            (torch.channels_last_3d, "channels-last 3D"),
+        ):
+            encoders[f"T3D, {dtype_name}, {layout_name}"] = pooled(copied(dtype, layout), dtype, layout)
+    return encoders
+
+
+def measure(model: T3DVisionModel, size: int, count: int, repetitions: int, seed: int) -> list[str]:
+    """Rows of the table."""
+    encoders, views = settings(model), structured_views(count, size, seed + 1)
+    with torch.inference_mode():
+        outputs = {name: encoder(views) for name, encoder in encoders.items()}
+        reference = outputs["MONAI, eager, float32"]
+        cosines = {
+            name: torch.nn.functional.cosine_similarity(output, reference).min().item()
+            for name, output in outputs.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in encoders}
+        for _ in range(repetitions):
+            for name, encoder in encoders.items():
+                begun = time.perf_counter()
+                encoder(views)
+                seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    own = {name: value for name, value in medians.items() if name.startswith("T3D")}
+    best = min(own, key=lambda name: own[name])
+    base = medians["MONAI, eager, float32"]
+    return [
+        f"| ResNet-50, {count} views of {size}^3 | ms, median | times MONAI's speed | least cosine of embeddings |",
+        "| --- | ---: | ---: | ---: |",
+        *(
+            f"| {name} | {1000 * value:.0f} | {base / value:.2f} | {cosines[name]:.5f} |"
+            for name, value in medians.items()
+        ),
+        "",
+        f"Best: {best}, {base / medians[best]:.2f} times MONAI's speed (target >= 2.3 where the CPU computes in "
+        f"bfloat16), cosine {cosines[best]:.5f} (target >= 0.999).",
+    ]
+
+
+def processor() -> str:
+    """The CPU's name, and which instructions for bfloat16 it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except FileNotFoundError:
+        return platform.processor()
+    name = re.search(r"model name\s*: (.+)", text)
+    found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
+    return f"{name[1] if name else platform.processor()} ({', '.join(found) or 'no instructions for bfloat16'})"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", type=int, default=64, help="edge of a view in voxels")
+    parser.add_argument("--views", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    arguments = parser.parse_args()
+    rows = measure(new_model(arguments.seed), arguments.size, arguments.views, arguments.repetitions, arguments.seed)
+    lines = [
+        "# Inference on a CPU",
+        "",
+        f"`python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`; {torch.get_num_threads()} threads of "
+        f"{processor()}; Python {platform.python_version()}, torch {torch.__version__}, MONAI {monai.__version__}; "
+        f"seed {arguments.seed}.",
+        "",
+        *rows,
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
