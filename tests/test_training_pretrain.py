@@ -106,6 +106,20 @@ def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
     assert str(phantoms.parent) not in card
 
 
+def test_the_plan_needs_no_volume_and_the_profile_no_checkpoint(pretrain, phantoms, tmp_path, capsys):
+    settings = settings_for(phantoms, tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}")
+    assert pretrain.train(settings, resume=False, dry_run=True) == 0
+    plan = capsys.readouterr().out
+    assert "parameters of the vision tower" in plan
+    assert "fits" in plan
+    assert not list(tmp_path.rglob("*.t3d"))
+    settings.training.max_steps = 7
+    assert pretrain.train(settings, resume=False, profile=True) == 0
+    assert "| backward |" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["table.md", "trace.json"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_store_and_augmentation(pretrain, phantoms, tmp_path):
     """Volumes from an address, views changed on the device, reports with their sides; validation sees neither."""
     store = VolumeStore.create("memory://pretrain", T3DImageProcessor(spacing=(8, 8, 8)))
