@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_t3d.data import datasets
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import ManifestRow
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
@@ -157,6 +158,34 @@ def test_kept_global_views_differ_by_rounding_alone(scans, tmp_path):
     assert torch.equal(collator_of(kept)([kept[0], kept[1]])["pixel_values"], batch["pixel_values"])
     with pytest.raises(ValueError, match="keep_global_views keeps them in a store"):
         build(scans, keep_global_views=True)
+
+
+def test_what_is_looked_up_once_gives_the_same_batches(scans, tmp_path, monkeypatch):
+    dataset = build(scans, tmp_path, keep_global_views=True, num_sentence_texts=2)
+    dataset.prepare_all(0)
+    collator, keys = collator_of(dataset), [(epoch, 0, index) for epoch in range(2) for index in (2, 0, 1)]
+    first, again = (collator([dataset[key] for key in keys]) for _ in range(2))
+    assert dataset._global_views.keys() == {0, 1, 2}
+    monkeypatch.setattr(datasets, "_KEPT_IN_MEMORY", 0)
+    fresh = []
+    for key in keys:
+        other = build(scans, tmp_path, keep_global_views=True, num_sentence_texts=2)
+        fresh.append(other[key])
+        assert not other._global_views
+    expected = collator_of(dataset)(fresh)
+    assert first.keys() == again.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(first[name], values), name
+        assert torch.equal(again[name], values), name
+
+
+def test_a_source_that_changes_is_looked_up_again(scans, tmp_path):
+    folder = tmp_path / "scans"
+    shutil.copytree(scans, folder)
+    dataset = build(folder, tmp_path / "cache")
+    before = np.asarray(dataset.prepared(0).array)
+    write_scan(folder / "0.nii.gz", 9)
+    assert not np.array_equal(np.asarray(dataset.prepared(0).array), before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
