@@ -176,6 +176,23 @@ def test_a_second_run_refuses_and_the_first_goes_on(runs, tmp_path):
     assert_same_weights(whole, run)
 
 
+def test_a_run_that_was_taken_for_dead_writes_nothing_any_more(runs, tmp_path):
+    run, hold = tmp_path / "run", tmp_path / "hold"
+    hold.touch()
+    process = runs.start(run, hold=str(hold), hold_epoch=1, **{**SETTINGS, "max_steps": 12})
+    newest = ["step-00000004", "step-00000005"]
+    process.wait_for(lambda: [folder.name for folder in list_checkpoints(run)] == newest)
+    left = {path: path.read_bytes() for name in ("log.jsonl", "status.json") for path in [run / name]}
+    (run / "lock" / "00000002.json").write_text("{}")
+    hold.unlink()
+    assert process.wait() == [1]
+    assert "this run was taken for dead and another has taken over" in process.output()
+    assert "Traceback" not in process.output()
+    assert {path: path.read_bytes() for path in left} == left
+    assert [folder.name for folder in list_checkpoints(run)] == newest
+    assert not (run / "model").exists()
+
+
 def test_signals_write_a_checkpoint_and_an_exit_status(runs, tmp_path):
     """To the whole group and twice, as launchers and schedulers send them: loader processes stay until it is saved."""
     settings = {**SETTINGS, "max_steps": 30, "save_steps": None, "dataloader_num_workers": 1}
