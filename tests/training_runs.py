@@ -88,6 +88,7 @@ class TrainingRuns:
 
     def __enter__(self) -> "TrainingRuns":
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.runs: list[Run] = []
         self.server = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,
@@ -98,6 +99,9 @@ class TrainingRuns:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for run in self.runs:
+            # Of a test that failed: what it held waits for ever.
+            run.kill()
         self.server.stdin.close()
         self.server.wait()
 
@@ -146,7 +150,8 @@ class TrainingRuns:
                     settings=settings,
                 )
             )
-        return Run(self, processes, outputs, store)
+        self.runs.append(Run(self, processes, outputs, store))
+        return self.runs[-1]
 
 
 @cache
