@@ -81,6 +81,20 @@ CASES: dict[str, dict[str, Any]] = {
 SHARDED = ("text, same query", "learnt temperature and soft targets", "attention over views", "restoration")
 ACCUMULATED = ("text, same query", "text, two negative pairs", "learnt temperature and soft targets")
 
+# Every objective once in float32, whose sums round with the order of ranks.
+SINGLE_PRECISION = (
+    "text, same query",
+    "text, own query",
+    "none",
+    "vision, own query",
+    "sigmoid",
+    "mean over views",
+    "restoration",
+    "prototypes",
+    "decorrelation",
+    "views aligned one by one",
+)
+
 
 def build_model(dtype: torch.dtype = torch.float64, *, seed: int = 0, **overrides: Any) -> T3DForPreTraining:
     """The same small model in every process, without dropout unless asked for."""

@@ -17,6 +17,7 @@ from distributed_cases import (
     DROPOUT,
     NUM_PAIRS,
     SHARDED,
+    SINGLE_PRECISION,
     own_share,
     run_accumulated,
     run_cached,
@@ -32,7 +33,8 @@ def run_all() -> dict[str, dict[str, Any]]:
         "plain": {case: run_plain(**overrides) for case, overrides in CASES.items()},
         "cached": {case: run_cached(**overrides) for case, overrides in CASES.items()},
         "accumulated": {case: run_accumulated(**CASES[case]) for case in ACCUMULATED},
-        "float32": {"plain": run_plain(torch.float32), "cached": run_cached(torch.float32)},
+        "plain, float32": {case: run_plain(torch.float32, **CASES[case]) for case in SINGLE_PRECISION},
+        "cached, float32": {case: run_cached(torch.float32, **CASES[case]) for case in SINGLE_PRECISION[:1]},
         # A wrapper that had waited for the loss stage's parameters would not begin a second step.
         "second step": {"cached": run_cached(steps=2)},
         "dropout": {"cached": run_cached(**DROPOUT)},
