@@ -82,12 +82,17 @@ def test_features_of_a_pair_do_not_depend_on_the_others():
     model, batch = staged_model("vision"), staged_batch()
     together = model.encode_pairs(**batch)
     alone = model.encode_pairs(**{name: value[3:4] for name, value in batch.items()})
-    assert together.keys() == alone.keys() == set(T3DPairFeatures.__annotations__) - {
-        "report_ids",
-        "local_features",
-        "restoration_errors",
-        "restoration_voxels",
-    }
+    assert (
+        together.keys()
+        == alone.keys()
+        == set(T3DPairFeatures.__annotations__)
+        - {
+            "report_ids",
+            "local_features",
+            "restoration_errors",
+            "restoration_voxels",
+        }
+    )
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name][3:4], rtol=1e-12, atol=1e-12)
 
