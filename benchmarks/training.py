@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -130,7 +130,7 @@ def loop_steps(folder: str, num_steps: int) -> tuple[list[float], Stub]:
     optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(args.adam_beta1, args.adam_beta2))
     begun, losses = [], []
     model.train()
-    for step, batch in enumerate(hand_batches(args, num_steps), start=1):
+    for step, batch in enumerate(islice(hand_batches(args, num_steps), num_steps), start=1):
         begun.append(time.perf_counter())
         loss = model(**batch).loss
         loss.backward()
