@@ -28,6 +28,7 @@ import torch
 import transformers
 
 from modeling_t3d import T3DConfig, T3DForPreTraining
+from modeling_t3d.evaluation.protocol import processor_name
 from modeling_t3d.training.gradient_caching import accumulated_backward, cached_backward, split_pairs
 
 NUM_PAIRS, NUM_VIEWS = 8, 2  # 16 local views
@@ -168,12 +169,11 @@ def main() -> None:
         print(json.dumps(peak_of_step(arguments.peak_of, arguments.size)))
         return
     size, repetitions = arguments.size, arguments.repetitions
-    model_name = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     lines = [
         "# Memory of a step, and the cost of multi-view alignment",
         "",
         f"`python benchmarks/memory.py --size {size} --repetitions {repetitions}`; {torch.get_num_threads()} threads "
-        f"of {model_name[0].partition(': ')[2] if model_name else platform.processor()}; Python "
+        f"of {processor_name()}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; float32, "
         "seed 0. A ResNet of bottleneck blocks with group norm, stem stride 2.",
         "",

@@ -28,6 +28,7 @@ from torch import nn
 
 from modeling_t3d.clustering_loss_t3d import sinkhorn_codes
 from modeling_t3d.contrastive_loss_t3d import contrastive_softmax
+from modeling_t3d.evaluation.protocol import processor_name
 
 EPSILON, NUM_ITERATIONS = 0.05, 3
 
@@ -177,9 +178,7 @@ def main() -> None:
     lines += sinkhorn_rows(8192, 3000, repetitions, device)
     if device.type == "cpu":
         lines.append("| the same on a CUDA GPU | | not measured | | |")
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(": ")[2] if models else platform.processor()
-        hardware = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+        hardware = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     else:
         hardware = torch.cuda.get_device_name()
     text = "\n".join(

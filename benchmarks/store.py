@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.store import VolumeStore
+from modeling_t3d.evaluation.protocol import processor_name
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.prepared_volume_t3d import PreparedVolume
 from modeling_t3d.volume_transforms_t3d import whole_volume_mask
@@ -286,15 +287,6 @@ def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, rep
     return rows
 
 
-def hardware() -> str:
-    """Processor and cores of this machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{model}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     """Print the tables, and write them where asked."""
     import blosc2
@@ -317,7 +309,8 @@ def main() -> None:
         "# The store of prepared volumes",
         "",
         f"`python benchmarks/store.py --crops {arguments.crops} --items {arguments.items} --repetitions "
-        f"{arguments.repetitions} --seed {arguments.seed}` on {hardware()}; Python {platform.python_version()}, "
+        f"{arguments.repetitions} --seed {arguments.seed}` on {processor_name()}, {os.cpu_count()} cores; Python "
+        f"{platform.python_version()}, "
         + ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         + ".",
         "",

@@ -23,6 +23,7 @@ from monai.data.utils import dense_patch_slices
 from monai.inferers import sliding_window_inference
 
 from modeling_t3d import T3DImageProcessor
+from modeling_t3d.evaluation.protocol import processor_name
 from modeling_t3d.geometry_t3d import Box, Grid, affine_from_axes, scale_affine
 from modeling_t3d.prepared_volume_t3d import PreparedVolume
 from modeling_t3d.reassembly_t3d import reassemble
@@ -196,13 +197,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = plan_rows(arguments.repetitions) + grid_rows(arguments.scale) + peer_rows(arguments.repetitions)
     rows += reassembly_rows(arguments.scale, getattr(torch, arguments.dtype))
-    model_name = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     command = f"python benchmarks/tiling.py --scale {arguments.scale:g} --dtype {arguments.dtype}"
     lines = [
         "# Tiles: plans, memory, and the way back",
         "",
         f"`{command} --repetitions {arguments.repetitions}`; {torch.get_num_threads()} threads of "
-        f"{model_name[0].partition(': ')[2] if model_name else platform.processor()}; Python "
+        f"{processor_name()}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; seed 0.",
         "",
         "| what | measured |",

@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from modeling_t3d import T3DVisionConfig, T3DVisionModel
+from modeling_t3d.evaluation.protocol import processor_name
 from modeling_t3d.training.arguments import T3DTrainingArguments
 from modeling_t3d.training.optimization import learning_rate, parameter_groups
 from modeling_t3d.training.sampling import SampleKey, ShardedBatchSampler
@@ -272,7 +273,7 @@ def main() -> None:
         "# Training: the trainer's own cost, data wait, memory formats",
         "",
         f"`python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`; {threads} threads of "
-        f"{cpu_name()}; Python {platform.python_version()}, torch {torch.__version__}; seed 0.",
+        f"{processor_name()}; Python {platform.python_version()}, torch {torch.__version__}; seed 0.",
         "",
         *rows,
         "",
@@ -283,15 +284,6 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     arguments.output.write_text(text, encoding="utf-8")
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

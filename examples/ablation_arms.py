@@ -4,7 +4,6 @@
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from modeling_t3d.evaluation.encoding import embed_samples, evaluation_mode, eva
 from modeling_t3d.evaluation.findings import to_units
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained
 from modeling_t3d.evaluation.probes import probe_findings
+from modeling_t3d.evaluation.protocol import processor_name
 from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, logit_scale_of, zero_shot_scores
 from modeling_t3d.presets_t3d import NUM_LOCAL_VIEWS, OBJECTIVES
 from modeling_t3d.training.arguments import PretrainingConfiguration, load_configuration
@@ -382,14 +382,8 @@ def read_results(folder: Path, arms: list[Arm], seeds: list[int]) -> dict[str, d
 
 def hardware(num_threads: int) -> str:
     """Processor, cores and threads; the accelerator where there is one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {num_threads} threads{gpu}"
+    return f"{processor_name()}, {os.cpu_count()} cores, {num_threads} threads{gpu}"
 
 
 __all__ = [

@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from modeling_t3d.data import store as store_module
 from modeling_t3d.data.source_hashes import content_hash
 from modeling_t3d.data.store import StoreCorruptionError, StoredArray, StoreError, VolumeStore
+from modeling_t3d.data.store_format import VolumeHeader
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.prepared_volume_t3d import PreparedVolume
 from modeling_t3d.volume_transforms_t3d import whole_volume_mask
@@ -225,6 +227,40 @@ def test_a_truncated_volume_is_found(url, keep):
     file_system.pipe_file(path, file_system.cat_file(path)[:keep])
     with pytest.raises(StoreCorruptionError, match=KEY):
         read_everything(url)
+
+
+def flip_last_byte(url: str) -> None:
+    file_system, root = fsspec.core.url_to_fs(str(url))
+    (path,) = [path for path in file_system.find(root) if KEY in path]
+    content = bytearray(file_system.cat_file(path))
+    content[-1] ^= 1
+    file_system.pipe_file(path, bytes(content))
+
+
+def test_damage_since_the_last_check_is_found(url):
+    store = VolumeStore.create(url, PROCESSOR, tile=TILE)
+    store.add(KEY, noise())
+    store.verify(KEY)
+    flip_last_byte(url)
+    with pytest.raises(StoreCorruptionError, match=KEY):
+        store.verify(KEY)
+
+
+def test_a_loaded_volume_on_a_disk_is_compared_once_a_process(tmp_path, monkeypatch):
+    """However many others are opened between: what is open at a time is limited."""
+    monkeypatch.setattr(store_module, "_MAX_OPEN", 1)
+    store = VolumeStore.create(tmp_path, PROCESSOR, tile=TILE)
+    keys = [f"{number:040x}" for number in range(3)]
+    for number, key in enumerate(keys):
+        store.add(key, noise(seed=number))
+    compared = []
+    is_whole = VolumeHeader.is_whole
+    monkeypatch.setattr(VolumeHeader, "is_whole", lambda *call: compared.append(call[1]) or is_whole(*call))
+    for turn in range(3):
+        compared.clear()
+        for number, key in enumerate(keys):
+            assert np.array_equal(store.load(key, pytest.fail).array[:], noise(seed=number).array)
+        assert len(compared) == (0 if turn else sum(len(store.describe(key).index) for key in keys))
 
 
 def test_a_damaged_volume_is_removed_and_added_again(url):

@@ -14,18 +14,18 @@ from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 
 def test_ratio_by_hand():
     chance = math.log(127)
-    assert leak_ratio(1.6, 1.6, 127) == pytest.approx(1.0)
-    assert leak_ratio(1.6, chance, 127) == pytest.approx(0.0)
-    assert leak_ratio(chance - 2, chance - 0.5, 127) == pytest.approx(0.25)
+    assert leak_ratio(1.6, 1.6, chance) == pytest.approx(1.0)
+    assert leak_ratio(1.6, chance, chance) == pytest.approx(0.0)
+    assert leak_ratio(chance - 2, chance - 0.5, chance) == pytest.approx(0.25)
     # Informative views get worse than chance when shuffled: negative, no leak.
-    assert leak_ratio(1.62, 5.85, 127) < 0
+    assert leak_ratio(1.62, 5.85, chance) < 0
 
 
 def test_ratio_is_undefined_near_chance():
     chance = math.log(127)
-    assert leak_ratio(chance - 0.049, chance, 127) is None
-    assert leak_ratio(chance - 0.051, chance, 127) == pytest.approx(0.0)
-    assert leak_ratio(chance + 0.3, chance, 127) is None
+    assert leak_ratio(chance - 0.049, chance, chance) is None
+    assert leak_ratio(chance - 0.051, chance, chance) == pytest.approx(0.0)
+    assert leak_ratio(chance + 0.3, chance, chance) is None
 
 
 def batch_of(num_pairs: int = 4, num_views: int = 3) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ def test_measurement_on_an_untrained_model_is_undefined_and_changes_nothing(mode
     report = measure_leak(model, [batch_of()], num_shuffles=2)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert report.num_candidates == pytest.approx(4 * 3 - 1)
+    assert report.chance == pytest.approx(math.log(4 * 3 - 1))
     assert report.loss == pytest.approx(math.log(11), abs=0.5)
     assert report.num_shuffles == 2
     assert report == measure_leak(model, [batch_of()], num_shuffles=2)
@@ -107,11 +107,11 @@ def test_losses_are_averaged_over_batches(model):
     alone = [measure_leak(model, batch) for batch in (small, large)]
     both = measure_leak(model, iter([small, large]))
     assert both.loss == pytest.approx((alone[0].loss + alone[1].loss) / 2)
-    assert math.log(both.num_candidates) == pytest.approx((math.log(5) + math.log(11)) / 2)
+    assert both.chance == pytest.approx((math.log(5) + math.log(11)) / 2)
 
 
 def test_description_says_undefined(model):
     report = measure_leak(model, [batch_of()])
     described = report.describe()
     assert ("undefined" in described) == (report.leak is None)
-    assert "chance ln n = 2.398" in described
+    assert "chance 2.398" in described

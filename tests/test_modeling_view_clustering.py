@@ -79,7 +79,9 @@ def test_the_leak_control_of_losses_without_negatives(loss):
     model = T3DForPreTraining(tiny_config(**loss)).eval()
     output = model(**tiny_batch(4))
     assert output.log_num_candidates.item() == pytest.approx(math.log(8) if loss is SWAV else 16 / 2)
-    assert measure_leak(model, tiny_batch(4)).loss == pytest.approx(output.loss_tma.item())
+    report = measure_leak(model, tiny_batch(4))
+    assert report.loss == pytest.approx(output.loss_tma.item())
+    assert report.chance == pytest.approx(output.log_num_candidates.item())
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -310,7 +310,8 @@ class VolumeStore:
         reader = self._readers.get(key)
         if reader is None:
             try:
-                reader = VolumeReader(file_system, self._volume_path(key), key, self.url)
+                path = self._volume_path(key)
+                reader = VolumeReader(file_system, path, key, self.url, is_verified=key in self._verified)
             except FileNotFoundError:
                 raise StoreError(f"{self.url}: no volume {key}; prepare its source and add it") from None
             self._readers[key] = reader

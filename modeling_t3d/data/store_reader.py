@@ -23,9 +23,13 @@ class VolumeReader:
     Args:
         file_system (`fsspec.AbstractFileSystem`), path (`str`): where the object is.
         key, url (`str`): of the volume and of the store, for errors.
+        is_verified (`bool`, defaults to `False`): its bytes were compared with their checksums before. What comes over
+            a network is compared each time all the same.
     """
 
-    def __init__(self, file_system: fsspec.AbstractFileSystem, path: str, key: str, url: str) -> None:
+    def __init__(
+        self, file_system: fsspec.AbstractFileSystem, path: str, key: str, url: str, *, is_verified: bool = False
+    ) -> None:
         self.file_system = file_system
         self.path = path
         self.name = f"volume {key} of the store {url}"
@@ -48,7 +52,8 @@ class VolumeReader:
         self._offsets: list[int] = header.index["offset"].tolist()
         self._lengths: list[int] = header.index["length"].tolist()
         # Tiles of the map that were compared with their checksums, or of which nothing is stored.
-        self._checked = bytearray(length == 0 for length in self._lengths)
+        is_checked = is_verified and self.map is not None
+        self._checked = bytearray(is_checked or length == 0 for length in self._lengths)
         self._voxels: np.ndarray | None = None
         if self.map is not None and header.codec == "none":
             self._voxels = np.frombuffer(self.map, header.dtype, len(self.map) // header.dtype.itemsize)
@@ -115,8 +120,9 @@ class VolumeReader:
                 result[part.target] = np.frombuffer(decode(content), header.dtype).reshape(part.shape)[part.source]
 
     def verify(self) -> None:
-        """Compare every byte with what was written."""
-        self._tiles(range(len(self.header.index)))
+        """Compare every byte with what was written, also where that was done before."""
+        self._checked = bytearray(length == 0 for length in self._lengths)
+        self._tiles(range(len(self._lengths)))
 
     def _tiles(self, tiles: Sequence[int]) -> dict[int, Any]:
         """Stored bytes of tiles, compared with their checksums; `None` for one of a single value."""

@@ -5,7 +5,6 @@
 Views are shuffled independently over the batch while reports stay; what the loss still gains comes from the query.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +24,14 @@ class LeakReport:
     Attributes:
         loss: loss with the views where they belong.
         loss_shuffled: mean loss over the shuffles.
-        num_candidates: candidates n per anchor (geometric mean where it varies); chance is ln n.
+        chance: loss of views that carry no information: ln n for n candidates, as the model says for other losses.
         leak: `(ln n - loss_shuffled) / (ln n - loss)`, or None while the model gains less than 0.05.
         num_shuffles: number of shuffles in the mean.
     """
 
     loss: float
     loss_shuffled: float
-    num_candidates: float
+    chance: float
     leak: float | None
     num_shuffles: int
 
@@ -41,31 +40,30 @@ class LeakReport:
         leak = "undefined (the loss is within 0.05 of chance)" if self.leak is None else f"{self.leak:.3f}"
         return (
             f"TMA loss {self.loss:.3f}, with shuffled views {self.loss_shuffled:.3f}, "
-            f"chance ln n = {math.log(self.num_candidates):.3f}, leak {leak}"
+            f"chance {self.chance:.3f}, leak {leak}"
         )
 
 
-def leak_ratio(loss: float, loss_shuffled: float, num_candidates: float) -> float | None:
+def leak_ratio(loss: float, loss_shuffled: float, chance: float) -> float | None:
     """Share of the gain over chance that survives shuffled views; None ("undefined") while that gain is below 0.05.
 
     Args:
         loss: contrastive loss with the views where they belong.
         loss_shuffled: the same loss with each view shuffled independently over the batch.
-        num_candidates: candidates n per anchor, `B * S - 1` for the clustering loss.
+        chance: that loss where views carry no information; `ln(B * S - 1)` for the clustering loss.
 
     Example:
 
     ```python
     >>> import math
     >>> from modeling_t3d.evaluation.leak import leak_ratio
-    >>> round(leak_ratio(loss=1.62, loss_shuffled=math.log(127), num_candidates=127), 3)
+    >>> round(leak_ratio(loss=1.62, loss_shuffled=math.log(127), chance=math.log(127)), 3)
     0.0
-    >>> leak_ratio(loss=4.83, loss_shuffled=4.84, num_candidates=127) is None
+    >>> leak_ratio(loss=4.83, loss_shuffled=4.84, chance=4.844) is None
     True
 
     ```
     """
-    chance = math.log(num_candidates)
     gain = chance - loss
     return None if gain < MINIMUM_GAIN else (chance - loss_shuffled) / gain
 
@@ -105,7 +103,7 @@ def measure_leak(
         seed: of the shuffles.
     """
     generator = torch.Generator().manual_seed(seed)
-    true, shuffled, chance = [], [], []
+    true, shuffled, chances = [], [], []
     was_training = model.training
     model.eval()
     try:
@@ -116,7 +114,7 @@ def measure_leak(
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             output = model(**inputs)
             true.append(float(output.loss_tma))
-            chance.append(float(output.log_num_candidates))
+            chances.append(float(output.log_num_candidates))
             for _ in range(num_shuffles):
                 shuffled.append(float(model(**shuffle_views(inputs, generator)).loss_tma))
     finally:
@@ -124,12 +122,12 @@ def measure_leak(
     if not true:
         raise ValueError("the leak control needs at least one batch")
     loss, loss_shuffled = sum(true) / len(true), sum(shuffled) / len(shuffled)
-    num_candidates = math.exp(sum(chance) / len(chance))
+    chance = sum(chances) / len(chances)
     return LeakReport(
         loss=loss,
         loss_shuffled=loss_shuffled,
-        num_candidates=num_candidates,
-        leak=leak_ratio(loss, loss_shuffled, num_candidates),
+        chance=chance,
+        leak=leak_ratio(loss, loss_shuffled, chance),
         num_shuffles=num_shuffles,
     )
 

@@ -89,6 +89,16 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def processor_name() -> str:
+    """The CPU, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def _git(*arguments: str) -> str | None:
     """Output of a git command in this file's folder, None where git or a repository is missing."""
     try:
@@ -117,4 +127,4 @@ def source_commit() -> str | None:
     return f"{commit}+changes" if changes else commit
 
 
-__all__ = ["ProtocolCard", "package_versions", "source_commit", "split_hash"]
+__all__ = ["ProtocolCard", "package_versions", "processor_name", "source_commit", "split_hash"]
