@@ -20,6 +20,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from .configuration_t3d import T3DVisionConfig
 from .encoder_blocks_t3d import (
+    T3DConv3d,
     T3DEncoderBlock,
     T3DResNetBasicBlock,
     T3DResNetBottleneckBlock,
@@ -121,7 +122,7 @@ class T3DResNet(T3DEncoder):
     def __init__(self, config: T3DVisionConfig):
         super().__init__(config)
         stem_stride = cast("tuple[int, int, int]", tuple(config.stem_stride))
-        self.conv1 = nn.Conv3d(
+        self.conv1 = T3DConv3d(
             config.num_channels,
             config.embedding_size,
             kernel_size=tuple(config.stem_kernel_size),

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .communication_t3d import all_reduce_sum, global_mean
 from .configuration_t3d import T3DConfig
 from .counter_noise_t3d import hash_integers, normal_noise
+from .encoder_blocks_t3d import T3DConv3d
 
 # Streams of one seed: which blocks are zeroed must not follow from the noise.
 _BLOCK_STREAM = 0x5851F42D
@@ -142,7 +143,7 @@ class T3DRestorationStage(GradientCheckpointingLayer):
     def __init__(self, in_channels: int, out_channels: int, scale: tuple[int, int, int], num_groups: int):
         super().__init__()
         self.upsample = nn.Upsample(scale_factor=tuple(map(float, scale)), mode="nearest")
-        self.convolution = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.convolution = T3DConv3d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm = nn.GroupNorm(gcd(num_groups, out_channels), out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

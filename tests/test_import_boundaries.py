@@ -19,7 +19,7 @@ ALLOWED = {
     "configuration_checks_t3d": set(),
     "configuration_t3d": {"configuration_checks_t3d", "presets_t3d"},
     "counter_noise_t3d": set(),
-    "restoration_t3d": {"communication_t3d", "configuration_t3d", "counter_noise_t3d"},
+    "restoration_t3d": {"communication_t3d", "configuration_t3d", "counter_noise_t3d", "encoder_blocks_t3d"},
     "geometry_t3d": set(),
     "communication_t3d": set(),
     "pair_relations_t3d": {"communication_t3d"},
