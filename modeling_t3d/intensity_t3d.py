@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .geometry_t3d import VolumeIntensityError
+from .volume_memory_t3d import empty_voxels
 
 AIR = -1024.0  # HU of air and of everything outside the scan
 PADDING_BELOW = -1100.0  # HU; a constant minimum below this is padding that the scanner wrote, not a measurement
@@ -247,7 +248,7 @@ def apply_windows(
     Returns:
         `torch.Tensor` of shape `(channels, depth, height, width)`.
     """
-    channels = torch.empty((len(windows), *values.shape), dtype=torch.float32) if out is None else out
+    channels = empty_voxels(len(windows), *values.shape) if out is None else out
     for channel, (low, high) in zip(channels, windows, strict=True):
         if clip:
             torch.clamp(values, low, high, out=channel)

@@ -25,6 +25,7 @@ from .tile_plan_t3d import (
     overlapping_plan,
     point_plan,
 )
+from .volume_memory_t3d import empty_voxels
 from .volume_transforms_t3d import crop
 
 # How many random views, "grid", points (x, y, z) in RAS mm, or boxes that are planned already.
@@ -146,7 +147,7 @@ class LocalViewsMixin:
 
     def _cut_views(self, prepared: PreparedVolume, boxes: tuple[Box, ...]) -> LocalViews:
         num_channels = 1 if prepared.value_range is not None else len(self.windows)
-        pixel_values = torch.empty(len(boxes), num_channels, *self.local_size)
+        pixel_values = empty_voxels(len(boxes), num_channels, *self.local_size)
         for channels, box in zip(pixel_values, boxes, strict=True):
             self._channels(crop(prepared.array, box, prepared.outside, channels[-1]), prepared, channels)
         return LocalViews(pixel_values, torch.from_numpy(normalised_positions(boxes, prepared.body.box)), boxes)
@@ -159,7 +160,7 @@ class LocalViewsMixin:
         `out` takes the result; its last channel may hold the values.
         """
         windows = self.windows if prepared.value_range is None else (prepared.value_range,)
-        channels = torch.empty(len(windows), *values.shape) if out is None else out
+        channels = empty_voxels(len(windows), *values.shape) if out is None else out
         if self.do_rescale:
             apply_windows(values, windows, clip=self.intensity != "zscore", out=channels)
             if self.rescale_factor != 1.0:

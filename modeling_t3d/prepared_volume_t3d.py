@@ -22,6 +22,7 @@ import torch
 from .geometry_t3d import Box, Grid, VolumeGeometryError, spacing_from_affine
 from .intensity_t3d import AIR
 from .resample_t3d import SMALL, AxisSampling, resample_array, resample_whole
+from .volume_memory_t3d import empty_voxels
 from .volume_transforms_t3d import BodyMask
 
 
@@ -243,7 +244,7 @@ def cut_frame(
         stop.append(max(min(allowed.stop[axis], math.ceil(positions[last] + reach) + 1), start[-1] + 1))
         inner.append(AxisSampling(float(positions[first]) - start[axis], sampling.step, len(used)))
     voxels = prepared.array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-    frame = torch.empty(num_channels, *(sampling.count for sampling in samplings))
+    frame = empty_voxels(num_channels, *(sampling.count for sampling in samplings))
     if any(sampling.count != part.count for sampling, part in zip(samplings, inner, strict=True)):
         beyond = torch.empty(num_channels, 1, 1, 1)
         scale(torch.full((1, 1, 1), float(prepared.outside)), beyond)

@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from .volume_memory_t3d import empty_voxels
+
 BAND = 32  # samples per dense piece of a band matrix: larger ones hold more zeros, smaller ones cost more calls
 SMALL = 1 << 21  # voxels; below this, starting threads costs more than it saves
 
@@ -334,7 +336,7 @@ def resample(volume: torch.Tensor, samplings: Sequence[AxisSampling], antialias:
     """
     if volume.device.type != "cpu":
         return resample_whole(volume, samplings, antialias)
-    result = torch.empty([sampling.count for sampling in samplings])
+    result = empty_voxels(*(sampling.count for sampling in samplings))
     resample_array(volume.detach().numpy(), samplings, lambda z, plane: result[z].copy_(plane), antialias)
     return result
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .geometry_t3d import Box
+from .volume_memory_t3d import empty_voxels
 
 BODY_CELL = 6.0  # mm; edge of the cells on which the body mask is computed
 
@@ -34,7 +35,7 @@ def crop(array: np.ndarray, box: Box, outside: float, out: torch.Tensor | None =
     """
     low = [max(0, first) for first in box.start]
     high = [max(a, min(end, limit)) for a, end, limit in zip(low, box.stop, array.shape, strict=True)]
-    values = torch.empty(box.size) if out is None else out
+    values = empty_voxels(*box.size) if out is None else out
     if any(b - a != size for a, b, size in zip(low, high, box.size, strict=True)):
         values.fill_(outside)
     where = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, box.start, strict=True))
