@@ -83,13 +83,13 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
 def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator, processor, batch_size: int):
     """Losses on held-out pairs, leak control, retrieval and, where the manifest has labels, zero-shot AUROC."""
     losses = ValidationLosses(held_out, collator, batch_size)
-    # Views are shuffled within a process's batch.
-    shuffles = losses.sampler().batch_size > 1
     findings = list(dict.fromkeys(name for row in held_out.rows for name in row.labels))
     prompts = make_prompts(findings, descriptions=processor.finding_descriptions)
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         metrics = losses(model)
+        # Views are shuffled within a process's batch; how many processes there are is known when they run.
+        shuffles = losses.sampler().batch_size > 1
         if model.config.lambda_tma and shuffles:
             report = measure_leak(model, islice(losses.batches(), NUM_LEAK_BATCHES))
             logger.info("leak control: %s", report.describe())
