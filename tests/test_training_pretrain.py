@@ -254,7 +254,6 @@ def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
     assert "synthetic" not in card
 
 
-@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(phantoms, tmp_path):
     """The script under torchrun: same losses and gradient norms as one process with the whole batch."""
     logs = []
