@@ -174,6 +174,9 @@ def overhead_rows(num_steps: int, num_turns: int) -> list[str]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = medians["loop written by hand"] / medians["trainer"]
     return [
+        f"Torch threads: {torch.get_num_threads()}. The trainer makes batches ahead in a thread of its own, the loop "
+        "does not.",
+        "",
         "| stub | ms per step, median |",
         "| --- | ---: |",
         *(f"| {name} | {1000 * value:.2f} |" for name, value in medians.items()),

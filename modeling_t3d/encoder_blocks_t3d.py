@@ -36,9 +36,9 @@ class T3DConv3d(nn.Conv3d):
     """
     `nn.Conv3d` whose weight gradient is right in 16 bits on a CPU as well.
 
-    On CPUs with AVX-512 and without AMX, oneDNN's kernel for it (torch 2.13) reads beyond maps about as small as the
-    kernel, such as the last map of a small view: the gradient is then garbage, now and then infinite. Of such maps the
-    zeros around them are made beforehand; outputs are the same.
+    Where a map is about as small as the kernel, such as the last one of a small view, torch 2.13 gives garbage for
+    it, now and then infinite (seen on an AMD CPU with AVX-512; not looked for on CPUs with AMX). The zeros around
+    such maps are made beforehand: that takes another way through torch, and the outputs are the same.
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -14,8 +14,8 @@ ALIGNMENT = 64  # bytes, as torch aligns its own
 def empty_voxels(*shape: int) -> torch.Tensor:
     """`torch.empty` in float32 on the CPU, whose large arrays are filled several times faster.
 
-    The first write to each page of new memory stops the program, which for the view of a whole CT cost more than
-    computing it. numpy asks for large pages where torch does not, so large tensors are made of its arrays.
+    The first write to each page of new memory stops the program, which for the view of a whole CT takes about as
+    long as computing it. numpy asks for large pages where torch does not, so large tensors are made of its arrays.
 
     Example:
 

@@ -237,13 +237,19 @@ def flip_last_byte(url: str) -> None:
     file_system.pipe_file(path, bytes(content))
 
 
-def test_damage_since_the_last_check_is_found(url):
+def test_damage_since_the_last_check_is_found(url, monkeypatch):
     store = VolumeStore.create(url, PROCESSOR, tile=TILE)
     store.add(KEY, noise())
     store.verify(KEY)
     flip_last_byte(url)
     with pytest.raises(StoreCorruptionError, match=KEY):
         store.verify(KEY)
+    # Nor is it taken for sound where it is opened again.
+    monkeypatch.setattr(store_module, "_MAX_OPEN", 1)
+    store.add("f" * 40, noise())
+    store.describe("f" * 40)
+    with pytest.raises(StoreCorruptionError, match=KEY):
+        store.read(KEY)
 
 
 def test_a_loaded_volume_on_a_disk_is_compared_once_a_process(tmp_path, monkeypatch):

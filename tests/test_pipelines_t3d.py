@@ -70,8 +70,9 @@ def test_pipeline_loads_a_saved_folder(tmp_path, scan):
     loaded = pipeline(TASK, model=str(tmp_path), device="cpu")
     assert isinstance(loaded, ZeroShotVolumeClassificationPipeline)
     direct = pipeline(TASK, model=model, processor=tiny_processor(), device="cpu")
-    scores = [{entry["label"]: entry["score"] for entry in one(scan, LABELS)} for one in (loaded, direct)]
-    assert scores[0] == pytest.approx(scores[1])
+    # Some CPUs round products by address: copies lie as new weights do, loaded ones where the file has them.
+    loaded.model._apply(torch.clone)
+    assert loaded(scan, LABELS) == direct(scan, LABELS)
 
 
 def test_scores_are_sorted_and_one_per_label(classifier, scan):

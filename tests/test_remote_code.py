@@ -58,7 +58,8 @@ with torch.no_grad():
     for folder, path in settings["folders"].items():
         config = AutoConfig.from_pretrained(path, **trust)
         auto = getattr(transformers, settings["auto_classes"][folder])
-        model = auto.from_pretrained(path, **trust).eval()
+        # Some CPUs round products by address: copies lie as new weights do, loaded ones where the file has them.
+        model = auto.from_pretrained(path, **trust).eval()._apply(torch.clone)
         result[folder] = {"classes": [type(config).__name__, type(model).__name__, type(model).__module__]}
         if folder in ("vision", "classification"):
             result[folder]["output"] = model(torch.load(settings["inputs"])["pixel_values"])[0]
@@ -68,11 +69,12 @@ with torch.no_grad():
         result[folder]["classes"] += [type(processor).__name__, type(image_processor).__name__]
         inputs = processor(images=settings["scan"], text=settings["texts"], views="grid")
         result[folder]["inputs"] = dict(inputs)
-        dual_encoder = AutoModel.from_pretrained(path, **trust).eval()
+        dual_encoder = AutoModel.from_pretrained(path, **trust).eval()._apply(torch.clone)
         result[folder]["classes"].append(type(dual_encoder).__name__)
         result[folder]["output"] = dual_encoder(**inputs).logits_per_image
     for folder in settings["pipelines"]:
         classifier = pipeline(settings["task"], model=folder, device="cpu", **trust)
+        classifier.model._apply(torch.clone)
         scores = classifier(settings["scan"], settings["labels"])
         result["pipelines"].append([scores, type(classifier).__module__])
 assert "modeling_t3d" not in sys.modules
@@ -174,7 +176,7 @@ def test_vision_outputs_are_the_same(checkpoints, remote, name):
     settings, result = remote
     with torch.no_grad():
         expected = checkpoints[1][name](torch.load(settings["inputs"])["pixel_values"])[0]
-    torch.testing.assert_close(result[name]["output"], expected)
+    assert torch.equal(result[name]["output"], expected)
 
 
 @pytest.mark.parametrize("name", ["dual_encoder", "pretraining"])
@@ -186,15 +188,15 @@ def test_inputs_and_outputs_are_the_same(checkpoints, remote, name):
         assert torch.equal(result[name]["inputs"][key], value), key
     with torch.no_grad():
         expected = checkpoints[1][name].base_model(**inputs).logits_per_image
-    torch.testing.assert_close(result[name]["output"], expected)
+    assert torch.equal(result[name]["output"], expected)
 
 
 def test_pipeline_scores_are_the_same(checkpoints, remote):
     settings, result = remote
     classifier = pipeline(TASK, model=checkpoints[1]["dual_encoder"], processor=tiny_processor(), device="cpu")
-    expected = {entry["label"]: entry["score"] for entry in classifier(settings["scan"], LABELS)}
+    expected = classifier(settings["scan"], LABELS)
     for scores, module in result["pipelines"]:
-        assert {entry["label"]: entry["score"] for entry in scores} == pytest.approx(expected)
+        assert scores == expected
         assert module.startswith("transformers_modules.")
 
 

@@ -242,7 +242,6 @@ class VolumeStore:
         if key not in self._verified and key in self:
             try:
                 self.verify(key)
-                self._verified.add(key)
             except StoreCorruptionError as error:
                 logger.warning("%s; it is prepared again now", str(error).partition(";")[0])
                 self.remove(key)
@@ -303,7 +302,9 @@ class VolumeStore:
 
     def verify(self, key: str) -> None:
         """Compare every byte of a volume with what was written; raises [`StoreCorruptionError`]."""
+        self._verified.discard(key)
         self._reader(key).verify()
+        self._verified.add(key)
 
     def _reader(self, key: str) -> VolumeReader:
         file_system = self._file_system

@@ -52,8 +52,9 @@ class VolumeReader:
         self._offsets: list[int] = header.index["offset"].tolist()
         self._lengths: list[int] = header.index["length"].tolist()
         # Tiles of the map that were compared with their checksums, or of which nothing is stored.
-        is_checked = is_verified and self.map is not None
-        self._checked = bytearray(is_checked or length == 0 for length in self._lengths)
+        self._checked = self._without_checks()
+        if is_verified and self.map is not None:
+            self._checked = bytearray(b"\1") * len(self._lengths)
         self._voxels: np.ndarray | None = None
         if self.map is not None and header.codec == "none":
             self._voxels = np.frombuffer(self.map, header.dtype, len(self.map) // header.dtype.itemsize)
@@ -121,8 +122,11 @@ class VolumeReader:
 
     def verify(self) -> None:
         """Compare every byte with what was written, also where that was done before."""
-        self._checked = bytearray(length == 0 for length in self._lengths)
+        self._checked = self._without_checks()
         self._tiles(range(len(self._lengths)))
+
+    def _without_checks(self) -> bytearray:
+        return bytearray(length == 0 for length in self._lengths)
 
     def _tiles(self, tiles: Sequence[int]) -> dict[int, Any]:
         """Stored bytes of tiles, compared with their checksums; `None` for one of a single value."""
