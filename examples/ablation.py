@@ -5,6 +5,9 @@
     python examples/ablation.py --output outputs/ablation --results benchmarks/ablation --table benchmarks/ablation.md
     python examples/ablation.py --output outputs/short --steps-per-arm 200 --seeds 0 --arms default gca-alone
 
+Arms compute equally: as much as so many steps of the default one, counted in floating-point operations. So results of
+several machines and sessions can stand in one table.
+
 Calling it again skips finished arms and continues the unfinished one from its checkpoint. Further arguments
 (section.name=value) change the configuration of all arms.
 """
@@ -34,6 +37,7 @@ from ablation_arms import (
     run_arm,
     settle,
 )
+from ablation_compute import steps_of_equal_compute
 from ablation_table import make_table
 
 from modeling_t3d.data.phantoms import PHANTOM_VERSION
@@ -55,8 +59,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of results, to share or to commit; OUTPUT by default")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "ablation.yaml")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps-per-arm", type=int, help="equal steps of equal batches; reproducible")
-    budget.add_argument("--minutes-per-arm", type=float, help="training time of each arm; 10 without either option")
+    budget.add_argument(
+        "--steps-per-arm",
+        type=int,
+        help="each arm computes as much as so many steps of the default one; 510 without either option",
+    )
+    budget.add_argument("--minutes-per-arm", type=float, help="of training, for arms of one machine")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; the phantoms stay")
     parser.add_argument("--train", type=int, default=3000, help="phantoms of the training split")
     parser.add_argument("--validation", type=int, default=200, help="phantoms that choose between arms")
@@ -79,7 +87,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.arms = [name for name in parsed.arms or () if "=" not in name]
     parsed.results = parsed.results or parsed.output
     if parsed.steps_per_arm is None and parsed.minutes_per_arm is None:
-        parsed.minutes_per_arm = 10.0
+        parsed.steps_per_arm = 510
     return parsed
 
 
@@ -126,6 +134,7 @@ def main(command_line: list[str] | None = None) -> int:
     arguments = parse_arguments(command_line)
     arms = make_arms(load_configuration(arguments.config, common_overrides(arguments)))
     names = [arm.name for arm in arms]
+    default = arms[names.index("default")]
     if unknown := set(arguments.arms) - set(names):
         sys.exit(f"unknown arm {sorted(unknown)[0]!r}; there are {', '.join(names)}")
     settings = describe_settings(arguments)
@@ -153,8 +162,13 @@ def main(command_line: list[str] | None = None) -> int:
                 continue
             logger.info("arm %s, seed %d", arm.name, seed)
             run = arguments.output / "runs" / arm.run_name(seed)
-            overrides = [*common_overrides(arguments), *arm.overrides]
-            overrides += [f"training.seed={seed}", f"training.output_dir={run}"]
+            shared_overrides = common_overrides(arguments)
+            overrides = [*shared_overrides, *arm.overrides, f"training.seed={seed}", f"training.output_dir={run}"]
+            if arguments.steps_per_arm and arm.kind != "shortcut":
+                steps = steps_of_equal_compute(
+                    arm, default, arguments.steps_per_arm, arguments.config, shared_overrides
+                )
+                overrides.append(f"training.max_steps={steps}")
             try:
                 result = run_arm(
                     arm, arguments.config, overrides, num_threads=arguments.num_threads, views=arguments.views

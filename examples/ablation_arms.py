@@ -231,13 +231,18 @@ def collate_labelled(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, to
     return {name: torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "labels")}
 
 
-def train_classifier(settings: PretrainingConfiguration, train: PretrainingDataset) -> T3DForImageClassification:
-    """The vision tower with a linear classifier on the labels: batches, steps and views of global alignment alone."""
+def build_classifier_trainer(settings: PretrainingConfiguration, train: PretrainingDataset) -> T3DTrainer:
+    """Of the vision tower with a linear classifier on the labels: the batches and views of global alignment alone."""
     torch.manual_seed(settings.training.seed)
     config = T3DConfig.from_preset(settings.model.preset, **settings.model.overrides).vision_config
     config.num_labels, config.problem_type = len(FINDING_NAMES), "multi_label_classification"
     model = T3DForImageClassification(config)
-    trainer = T3DTrainer(model, settings.training, LabelledDataset(train), collate_labelled)
+    return T3DTrainer(model, settings.training, LabelledDataset(train), collate_labelled)
+
+
+def train_classifier(settings: PretrainingConfiguration, train: PretrainingDataset) -> T3DForImageClassification:
+    """The classifier at the end of its training."""
+    trainer = build_classifier_trainer(settings, train)
     if trainer.train(resume=True).status != "completed":
         raise InterruptedArmError(f"{settings.training.output_dir}: interrupted; run the same command to continue")
     return T3DForImageClassification.from_pretrained(trainer.output_dir / "model").eval()
@@ -394,7 +399,9 @@ __all__ = [
     "Arm",
     "ArmFailedError",
     "InterruptedArmError",
+    "build_classifier_trainer",
     "hardware",
+    "load_splits",
     "make_arms",
     "prepare_phantoms",
     "read_results",

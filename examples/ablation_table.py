@@ -172,7 +172,12 @@ def make_table(
     def listed(name: str) -> str:
         return "; ".join(dict.fromkeys(str(result[name]) for result in found)) or MISSING
 
-    budget = ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in settings["budget"].items())
+    budget = settings["budget"]
+    compute = (
+        f"as many operations as {budget['steps']} steps of the default"
+        if "steps" in budget
+        else f"{budget['minutes']:g} minutes"
+    )
     lines = [
         f"- Commands: `{listed('command')}`",
         f"- Hardware: {listed('hardware')}",
@@ -180,7 +185,7 @@ def make_table(
         f"- Phantoms: version {settings['phantom_version']}, "
         + ", ".join(f"{count} {split}" for split, count in settings["counts"].items())
         + f", nominal voxel size {settings['resolution']:g} mm",
-        f"- Seeds: {', '.join(map(str, seeds))}. Compute: {budget} in every trained arm, batches of "
+        f"- Seeds: {', '.join(map(str, seeds))}. Compute: {compute} in every trained arm, batches of "
         f"{settings['configuration']['training']['per_device_train_batch_size']}.",
         f"- Results: {num_files} files" if found else f"- Results: {MISSING}",
     ]

@@ -122,8 +122,8 @@ def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator
     return evaluate
 
 
-def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = False, profile: bool = False) -> int:
-    """Assemble what the settings name, train, and return the exit status; or say what a run would be or take."""
+def build_trainer(settings: PretrainingConfiguration) -> tuple[T3DTrainer, list[PretrainingDataset]]:
+    """The trainer that the settings name, and the data sets whose volumes must be prepared before it trains."""
     data, training, source = settings.data, settings.training, settings.model
     manifest = read_manifest(data.manifest, sections=data.sections, min_report_words=data.min_report_words)
     logger.info("%s", manifest.describe())
@@ -179,20 +179,25 @@ def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = F
             study_sampling=data.study_sampling,
             smallest_share=2,
         )
-    trainer = T3DTrainer(model, training, parts[0], collator, **options)
+    return T3DTrainer(model, training, parts[0], collator, **options), parts
+
+
+def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = False, profile: bool = False) -> int:
+    """Train as the settings say and return the exit status; or say what a run would be, or where its time goes."""
+    trainer, parts = build_trainer(settings)
     if dry_run:
-        plan = plan_run(trainer, collator(parts[0].blank_samples(2)))
+        plan = plan_run(trainer, trainer.collator(parts[0].blank_samples(2)))
         print(plan.describe())
         return 0 if plan.fits else 1
     rank, num_processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     for part in parts:
-        part.prepare_all(data.num_preparation_workers, rank=rank, num_processes=num_processes)
+        part.prepare_all(settings.data.num_preparation_workers, rank=rank, num_processes=num_processes)
     trainer.accelerator.wait_for_everyone()
     if profile:
-        print(profile_steps(trainer, Path(training.output_dir) / "profile"))
+        print(profile_steps(trainer, trainer.output_dir / "profile"))
         return 0
     result = trainer.train(resume=resume)
-    logger.info("%s after %d steps: %s", result.status, result.state.step, result.model_dir or training.output_dir)
+    logger.info("%s after %d steps: %s", result.status, result.state.step, result.model_dir or trainer.output_dir)
     return 0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED
 
 

@@ -26,10 +26,11 @@ def scripts():
     try:
         import ablation
         import ablation_arms
+        import ablation_compute
         import ablation_table
     finally:
         sys.path.remove(str(EXAMPLES))
-    return ablation, ablation_arms, ablation_table
+    return ablation, ablation_arms, ablation_table, ablation_compute
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def differences(one: dict, other: dict) -> set[str]:
 
 def test_configuration_is_the_quickstart_apart_from_paths_and_views():
     one, other = (asdict(load_configuration(CONFIGS / name)) for name in ("quickstart.yaml", "ablation.yaml"))
-    names = ("output_dir", "max_steps", "save_steps", "dataloader_num_workers")
+    names = ("output_dir", "max_steps", "max_train_minutes", "save_steps", "dataloader_num_workers")
     paths_and_budget = {"data.manifest", *(f"training.{name}" for name in names)}
     needed = {"data.validation_split", "image_processor.num_local_views"}
     assert differences(one, other) <= paths_and_budget | needed
@@ -101,7 +102,7 @@ def make_result(scripts, arm: str, seed: int, quality: float) -> dict:
 
 
 def test_table_shows_result_files_and_names_the_best_arm(scripts, arms, tmp_path):
-    ablation, ablation_arms, ablation_table = scripts
+    ablation, ablation_arms, ablation_table, _ = scripts
     arguments = ablation.parse_arguments(["--output", str(tmp_path), "--steps-per-arm", "7", "--seeds", "0", "1"])
     settings = ablation.describe_settings(arguments)
     ablation_arms.settle(tmp_path, settings)
@@ -135,7 +136,16 @@ def test_table_shows_result_files_and_names_the_best_arm(scripts, arms, tmp_path
     assert "Best arm on validation: **GCA alone**" in table
     assert rows["view_fusion mean"].count("not measured") == len(ablation_table.HEADER) - 1
     assert "| none | – | – |" in rows["shortcut baseline (headers and HU histogram)"]
-    for fact in ("the command", "the machine", "abc", "Seeds: 0, 1", "7 steps", "3000 train", "7 files"):
+    facts = (
+        "the command",
+        "the machine",
+        "abc",
+        "Seeds: 0, 1",
+        "as many operations as 7 steps",
+        "3000 train",
+        "7 files",
+    )
+    for fact in facts:
         assert fact in table
 
 
@@ -149,13 +159,41 @@ def test_interval_of_the_mean_pairs_patients(scripts):
 
 
 def test_results_of_other_settings_are_not_mixed(scripts, tmp_path):
-    ablation, ablation_arms, _ = scripts
+    ablation, ablation_arms, *_ = scripts
     for command in (["--steps-per-arm", "7"], ["--steps-per-arm", "7", "--seeds", "5"]):
         arguments = ablation.parse_arguments(["--output", str(tmp_path), *command])
         ablation_arms.settle(tmp_path, ablation.describe_settings(arguments))
     arguments = ablation.parse_arguments(["--output", str(tmp_path), "--steps-per-arm", "8"])
     with pytest.raises(SystemExit, match="another budget"):
         ablation_arms.settle(tmp_path, ablation.describe_settings(arguments))
+
+
+def test_arms_whose_steps_cost_less_take_more_of_them(scripts, arms, tmp_path):
+    """Global alignment alone reads no local views; another query of the views costs about the same."""
+    _, ablation_arms, _, ablation_compute = scripts
+    config = CONFIGS / "ablation.yaml"
+    changes = {
+        "data.manifest": tmp_path / "phantoms" / "manifest.csv",
+        "data.num_preparation_workers": 0,
+        "training.output_dir": tmp_path / "run",
+        "training.per_device_train_batch_size": 4,
+        "training.use_cpu": "true",
+    }
+    overrides = [f"{name}={value}" for name, value in changes.items()]
+    settings = load_configuration(config, overrides)
+    ablation_arms.prepare_phantoms(settings, {"train": 8, "validation": 4, "test": 4}, 8.0, 1)
+    by_name = {arm.name: arm for arm in arms}
+    names = ("default", "gca-alone", "tma-negatives-own-query", "supervised-ceiling", "gtgm")
+    steps = {
+        name: ablation_compute.steps_of_equal_compute(by_name[name], by_name["default"], 1000, config, overrides)
+        for name in names
+    }
+    assert steps["default"] == 1000
+    assert steps["gca-alone"] > 1300
+    assert steps["tma-negatives-own-query"] == pytest.approx(1000, rel=0.05)
+    # One view without a text tower.
+    assert steps["supervised-ceiling"] > steps["gca-alone"]
+    assert steps["gtgm"] > 0
 
 
 @pytest.mark.slow
@@ -184,9 +222,9 @@ def test_two_arms_end_to_end_and_again(tmp_path):
     table = (tmp_path / "table.md").read_text()
     files = sorted((tmp_path / "out" / "results").iterdir())
     assert [path.name for path in files] == ["supervised-ceiling-seed0.json", "view-fusion-mean-seed0.json"]
-    for path in files:
-        result = json.loads(path.read_text())
-        assert result["steps"] == 2
+    ceiling, fusing = (json.loads(path.read_text()) for path in files)
+    assert fusing["steps"] == 2 < ceiling["steps"]
+    for result in (ceiling, fusing):
         assert np.shape(result["test"]["scores"])[0] == 12
     before = [path.stat().st_mtime_ns for path in files]
     subprocess.run([*command, *tail], check=True, cwd=ROOT, env=environment)

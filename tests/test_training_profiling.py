@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""A profile has every part of a step, adds up, and leaves nothing behind."""
+"""A profile has every part of a step, adds up, and leaves nothing behind; operations are those of products."""
 
 import json
 import time
@@ -10,7 +10,7 @@ import torch
 from training_footprint import build
 from training_stub import build_trainer
 
-from modeling_t3d.training.profiling import PARTS, StepClock, profile_steps
+from modeling_t3d.training.profiling import PARTS, StepClock, count_operations, profile_steps
 
 
 def test_parts_nest_and_add_up():
@@ -55,3 +55,15 @@ def test_table_and_trace(tmp_path):
 def test_a_model_without_towers(tmp_path):
     table = profile_steps(build_trainer(tmp_path), tmp_path / "profile", num_steps=1, warmup_steps=0)
     assert "| step |" in table
+
+
+def test_operations_of_a_step_are_those_of_its_products(tmp_path):
+    """Four samples: two layers of 4 x 8 whose input has no gradient, one of 8 x 1 whose input has one."""
+    once = 2 * (2 * 4 * 4 * 8) * 2 + (2 * 4 * 8 * 1) * 3
+    assert count_operations(build_trainer(tmp_path / "one")) == once
+    assert count_operations(build_trainer(tmp_path / "two", gradient_accumulation_steps=2)) == 2 * once
+
+
+def test_a_step_over_fewer_local_views_has_fewer_operations(tmp_path):
+    few, many = (count_operations(build(tmp_path / str(n), num_pairs=3, num_views=n)) for n in (2, 4))
+    assert few < many < 2 * few

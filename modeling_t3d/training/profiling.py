@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Where the time of a step goes: a table of its parts, and a trace of every operation for chrome://tracing."""
+"""Where the time of a step goes: a table of its parts, and a trace of every operation for chrome://tracing; and how
+much a step computes, on whatever machine."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .parallel import step_gradients
 
 if TYPE_CHECKING:
     from .trainer import T3DTrainer
@@ -145,6 +150,41 @@ def describe_parts(parts: dict[str, float], seconds: float, num_steps: int, pair
     return "\n".join([*lines, f"| step | {1000 * seconds / num_steps:.1f} | {pace} |"])
 
 
+class OperationMeter(TorchDispatchMode):
+    """Within it, counts floating-point operations by torch's own formulas; torch's counter fails where a module is
+    given a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        formula = flop_registry.get(operation._overloadpacket)
+        if formula is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def count_operations(trainer: "T3DTrainer") -> int:
+    """
+    Floating-point operations of a run's first optimiser step, in this process: what its convolutions and matrix
+    products multiply and add, forward and backward. It says the same on every machine, where seconds do not.
+
+    Attention counts where it consists of matrix products (`attn_implementation="eager"`) or is a kernel of CUDA's;
+    torch does not count its fused kernel for CPUs.
+
+    Args:
+        trainer ([`T3DTrainer`]): of prepared volumes; it is not to be used for training afterwards.
+    """
+    trainer.model.train()
+    with closing(trainer._steps()) as steps:
+        micro_batches = next(steps)
+    with OperationMeter() as meter:
+        step_gradients(trainer.accelerator, trainer.model, micro_batches, trainer.args, trainer.batch_transform)
+    return meter.count
+
+
 @contextmanager
 def _watched(trainer: "T3DTrainer", clock: StepClock) -> Iterator[None]:
     """Within it, the clock hears of the parts of the trainer's steps."""
@@ -176,4 +216,4 @@ def _watched(trainer: "T3DTrainer", clock: StepClock) -> Iterator[None]:
             handle.remove()
 
 
-__all__ = ["PARTS", "StepClock", "describe_parts", "profile_steps"]
+__all__ = ["PARTS", "StepClock", "count_operations", "describe_parts", "profile_steps"]
