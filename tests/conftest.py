@@ -4,6 +4,7 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,8 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from object_storage import CREDENTIALS, ObjectStorage
 
 torch.set_num_threads(1)
+
+# They would lead the client of an S3 server in these tests elsewhere.
+ELSEWHERE = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "AWS_PROFILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,3 +37,28 @@ def fresh_accelerator() -> Iterator[None]:
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def storage() -> Iterator[ObjectStorage]:
+    """A server that speaks S3."""
+    for needed in ("s3fs", "moto", "flask", "flask_cors"):
+        pytest.importorskip(needed, reason=f"{needed} is missing; install modeling_t3d[dev]")
+    server = ObjectStorage()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new bucket there."""
+    import s3fs
+
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": storage.url}.items():
+        monkeypatch.setenv(name, value)
+    for name in ELSEWHERE:
+        monkeypatch.delenv(name, raising=False)
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(name)
+    storage.ask("served")
+    return f"s3://{name}"

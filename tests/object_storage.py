@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 from urllib.request import urlopen
 
 WAIT = 300.0  # seconds; never reached unless something is broken
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 class CountedApplication:

@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from object_storage import WAIT, ObjectStorage
+from object_storage import CREDENTIALS, WAIT
 from test_data_store import KEY, PROCESSOR, TILE, noise
 from torch.utils.data import DataLoader
 
@@ -16,35 +16,6 @@ from modeling_t3d.data.datasets import PretrainingDataset
 from modeling_t3d.data.manifest import ManifestRow
 from modeling_t3d.data.store import StoreCorruptionError, StoreError, VolumeStore
 from modeling_t3d.data.streaming import StreamingDataset, StreamingLoader
-
-for needed in ("s3fs", "moto", "flask", "flask_cors"):
-    pytest.importorskip(needed, reason=f"{needed} is missing; install modeling_t3d[dev]")
-
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-ELSEWHERE = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "AWS_PROFILE")
-
-
-@pytest.fixture(scope="module")
-def storage():
-    server = ObjectStorage()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": server.url}.items():
-            patch.setenv(name, value)
-        for name in ELSEWHERE:
-            patch.delenv(name, raising=False)
-        yield server
-    server.close()
-
-
-@pytest.fixture
-def bucket(storage, request):
-    """The address of a new bucket."""
-    import s3fs
-
-    name = f"bucket-{abs(hash(request.node.name))}"
-    s3fs.S3FileSystem(use_listings_cache=False).mkdir(name)
-    storage.ask("served")
-    return f"s3://{name}"
 
 
 def test_volumes_come_back_bit_for_bit(bucket):

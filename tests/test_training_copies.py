@@ -21,8 +21,10 @@ def empty_memory():
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(params=["memory", "folder", "s3"])
 def address(request, tmp_path) -> str:
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/run"
     return ADDRESS if request.param == "memory" else str(tmp_path / "other disk" / "run")
 
 
