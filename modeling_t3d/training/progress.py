@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .files import write_text_atomically
 from .plots import plot_log
 from .state import TrainerState
+from .trackers import StepTrackers
 
 logger = logging.getLogger(__name__)
 
@@ -154,17 +155,7 @@ class ProgressReporter:
         )
         if accelerator.is_main_process:
             self._rewind(step)
-        plain = {
-            setting: value if isinstance(value, (int, float, str, bool)) else str(value)
-            for setting, value in settings.items()
-        }
-        # A resumed run goes on in the same curves; TensorBoard is told to forget what the killed one logged beyond.
-        continued = {
-            "tensorboard": {"purge_step": step + 1},
-            "trackio": {"name": name, "resume": "allow"},
-            "wandb": {"id": name, "resume": "allow"},
-        }
-        accelerator.init_trackers("tracker", plain, continued)
+        self.trackers = StepTrackers(accelerator, output_dir / "tracked.jsonl", settings, step=step, name=name)
 
     def _rewind(self, step: int) -> None:
         if not self.path.exists():
@@ -183,7 +174,7 @@ class ProgressReporter:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self.trackers.log(step, values, kind)
         if kind == "train":
             text = describe(values)
         else:
@@ -202,7 +193,7 @@ class ProgressReporter:
     def close(self) -> None:
         """Flush trackers and leave the bar as it stands."""
         self.bar.close()
-        self.accelerator.end_training()
+        self.trackers.close()
 
 
 __all__ = ["ProgressReporter", "StepMeter"]
