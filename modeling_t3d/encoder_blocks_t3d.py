@@ -42,8 +42,9 @@ class T3DConv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        is_small = min(input.shape[2:]) <= max(self.kernel_size)
-        if is_small and input.device.type == "cpu" and (input.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")):
+        in_16_bits = input.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
+        # Sizes are asked last: compiled or exported, each question about them narrows what a graph is good for.
+        if input.device.type == "cpu" and in_16_bits and min(input.shape[2:]) <= max(self.kernel_size):
             input = nn.functional.pad(input, self._reversed_padding_repeated_twice)
             return nn.functional.conv3d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
         return super()._conv_forward(input, weight, bias)
