@@ -4,6 +4,8 @@
 
 import pytest
 import torch
+from training_footprint import build as build_pretraining
+from training_runs import log_of
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_t3d import T3DConfig, T3DForPreTraining
@@ -126,6 +128,20 @@ def test_the_encoder_alone_is_compiled():
     assert model._compiled_call_impl is None
     assert list(model.state_dict()) == names, "names of parameters stay"
     torch.testing.assert_close(vision_features(model), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_where_a_plain_one_does(tmp_path):
+    logs, weights = [], []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        trainer = build_pretraining(tmp_path / name, num_pairs=3, logging_steps=1, compile_encoder=compiled)
+        trainer.train()
+        logs.append([line["loss"] for line in log_of(tmp_path / name)])
+        weights.append(trainer.unwrapped_model.state_dict())
+    assert len(logs[0]) == 2
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    # What rounding leaves after two steps of AdamW, each of which moves a weight by 1e-4 at most.
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=2e-5)
 
 
 def test_what_is_not_decayed():
