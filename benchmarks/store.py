@@ -10,6 +10,7 @@ turns in one process, on one thread, with files in the page cache. Needs blosc2,
 
 import argparse
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -248,11 +249,37 @@ def only_item(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return item
 
 
+def rate_of_processes(dataset: Dataset, count: int, items: int) -> float:
+    """Items per second of processes that hand nothing over: what this machine's cores and memory allow a loader."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(count + 1)
+
+    def work(first: int) -> None:
+        for index in range(4):
+            dataset[first + index]
+        barrier.wait()
+        for index in range(items):
+            dataset[first + index]
+        barrier.wait()
+
+    processes = [context.Process(target=work, args=(number * items,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    begun = time.perf_counter()
+    barrier.wait()
+    seconds = time.perf_counter() - begun
+    for process in processes:
+        process.join()
+    return count * items / seconds
+
+
 def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, repetitions: int, seed: int) -> list[str]:
     """Rows of the table of loader processes; numbers of workers and ways out of a worker take turns."""
     processor = T3DImageProcessor(global_size=(64, 128, 128), local_size=(64, 128, 128))
     ways = {"blocks used again": SharedBatchCollator(only_item), "new memory for every batch": only_item}
-    rates: dict[tuple[str, int], list[float]] = {(way, count): [] for way in ways for count in workers}
+    alone = "nothing: dropped where they are made"
+    rates: dict[tuple[str, int], list[float]] = {(way, count): [] for way in (*ways, alone) for count in workers}
     with tempfile.TemporaryDirectory() as name:
         store = VolumeStore.create(name, processor)
         for number, key in enumerate(KEYS):
@@ -261,8 +288,12 @@ def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, rep
             Views(Path(name), processor, len(KEYS))[index]
         for _ in range(repetitions):
             for way, count in rates:
+                views = Views(Path(name), processor, (items + 4) * count)
+                if way == alone:
+                    rates[way, count].append(rate_of_processes(views, count, items))
+                    continue
                 loader = DataLoader(
-                    Views(Path(name), processor, (items + 4) * count),
+                    views,
                     batch_size=1,
                     collate_fn=ways[way],
                     num_workers=count,
@@ -277,7 +308,7 @@ def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, rep
     medians = {case: statistics.median(values) for case, values in rates.items()}
     first = min(workers)
     rows = [
-        "| batches leave a worker in | workers | items per second, median | of linear |",
+        "| batches leave a process in | processes | items per second, median | of linear |",
         "| --- | --- | --- | --- |",
     ]
     rows += [
