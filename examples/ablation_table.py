@@ -41,7 +41,8 @@ and the chance level where there is one. Validation phantoms choose, all other c
 R@5: recall of the right volume for a report. Leak: see `modeling_t3d/evaluation/leak.py`; undefined
 while the loss is within 0.05 of chance. Pointing and AUPRC: the text's attention against focal lesions.
 Organ Dice: a linear probe of the feature maps, on patients that it was not fitted on. Study
-identity: share of local views whose nearest other view is of the same study."""
+identity: share of local views whose nearest other view is of the same study. Minutes: of training, on
+machines that may have had other work."""
 
 
 def group_auroc(part: Mapping[str, Any], group: str) -> float:
