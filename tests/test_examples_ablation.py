@@ -168,7 +168,7 @@ def test_results_of_other_settings_are_not_mixed(scripts, tmp_path):
         ablation_arms.settle(tmp_path, ablation.describe_settings(arguments))
 
 
-def test_arms_whose_steps_cost_less_take_more_of_them(scripts, arms, tmp_path):
+def test_arms_whose_steps_cost_less_take_more_of_them(scripts, tmp_path):
     """Global alignment alone reads no local views; another query of the views costs about the same."""
     _, ablation_arms, _, ablation_compute = scripts
     config = CONFIGS / "ablation.yaml"
@@ -182,7 +182,7 @@ def test_arms_whose_steps_cost_less_take_more_of_them(scripts, arms, tmp_path):
     overrides = [f"{name}={value}" for name, value in changes.items()]
     settings = load_configuration(config, overrides)
     ablation_arms.prepare_phantoms(settings, {"train": 8, "validation": 4, "test": 4}, 8.0, 1)
-    by_name = {arm.name: arm for arm in arms}
+    by_name = {arm.name: arm for arm in ablation_arms.make_arms(settings)}
     names = ("default", "gca-alone", "tma-negatives-own-query", "supervised-ceiling", "gtgm")
     steps = {
         name: ablation_compute.steps_of_equal_compute(by_name[name], by_name["default"], 1000, config, overrides)
