@@ -27,11 +27,14 @@ class Pairs:
 
     def collate(self, samples):
         size = len(samples)
+        # A generator of its own: a thread makes batches while the step before draws its dropout.
+        generator = torch.Generator().manual_seed(samples[0])
+        shape = (size, self.num_views, 1, LOCAL_VIEW, LOCAL_VIEW, LOCAL_VIEW)
         return {
             "input_ids": torch.ones(size, NUM_TOKENS, dtype=torch.long),
             "attention_mask": torch.ones(size, NUM_TOKENS, dtype=torch.long),
-            "pixel_values": torch.rand(size, 1, VIEW, VIEW, VIEW),
-            "local_pixel_values": torch.rand(size, self.num_views, 1, LOCAL_VIEW, LOCAL_VIEW, LOCAL_VIEW),
+            "pixel_values": torch.rand(size, 1, VIEW, VIEW, VIEW, generator=generator),
+            "local_pixel_values": torch.rand(shape, generator=generator),
             "local_mask": torch.ones(size, self.num_views, dtype=torch.bool),
             "local_positions": torch.zeros(size, self.num_views, 6),
             "study_ids": torch.tensor(samples),

@@ -16,7 +16,7 @@ _APPEND_ONLY = ("trackio", "wandb")
 
 class StepTrackers:
     """
-    The trackers of a run, on the main process. A resumed run goes on in the same curves.
+    The trackers of a run; the main process alone logs. A resumed run goes on in the same curves.
 
     Args:
         accelerator (`Accelerator`): knows which trackers there are.
@@ -32,7 +32,7 @@ class StepTrackers:
         self.accelerator = accelerator
         self.path = path
         self.name = name
-        self.told = self._read()
+        self.told = self._read() if accelerator.is_main_process else set()
         plain = {
             setting: value if isinstance(value, (int, float, str, bool)) else str(value)
             for setting, value in settings.items()
