@@ -132,7 +132,9 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(command_line: list[str] | None = None) -> int:
     """Run what has no result yet; the table is rewritten after every arm."""
     arguments = parse_arguments(command_line)
-    arms = make_arms(load_configuration(arguments.config, common_overrides(arguments)))
+    shared_overrides = common_overrides(arguments)
+    shared = load_configuration(arguments.config, shared_overrides)
+    arms = make_arms(shared)
     names = [arm.name for arm in arms]
     default = arms[names.index("default")]
     if unknown := set(arguments.arms) - set(names):
@@ -154,7 +156,6 @@ def main(command_line: list[str] | None = None) -> int:
     failures = []
     if pending and not arguments.table_only:
         torch.set_num_threads(arguments.num_threads)
-        shared = load_configuration(arguments.config, common_overrides(arguments))
         prepare_phantoms(shared, settings["counts"], arguments.resolution, arguments.num_threads)
         for arm, seed in pending:
             path = result_path(arguments.results, arm, seed)
@@ -162,7 +163,6 @@ def main(command_line: list[str] | None = None) -> int:
                 continue
             logger.info("arm %s, seed %d", arm.name, seed)
             run = arguments.output / "runs" / arm.run_name(seed)
-            shared_overrides = common_overrides(arguments)
             overrides = [*shared_overrides, *arm.overrides, f"training.seed={seed}", f"training.output_dir={run}"]
             if arguments.steps_per_arm and arm.kind != "shortcut":
                 steps = steps_of_equal_compute(

@@ -45,7 +45,7 @@ class StepTrackers:
         accelerator.init_trackers("tracker", plain, continued)
 
     def _read(self) -> set[tuple[str, int]]:
-        """Kind and step of what this run had told."""
+        """Kind and step of what this run had told before it was stopped."""
         if not self.path.exists():
             return set()
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -57,12 +57,11 @@ class StepTrackers:
     def log(self, step: int, values: dict[str, float], kind: str) -> None:
         """Tell all trackers the values of a step, under names that begin with their kind."""
         named = {f"{kind}/{name}": value for name, value in values.items()}
-        append_only = [tracker for tracker in self.accelerator.trackers if tracker.name in _APPEND_ONLY]
+        is_told = (kind, step) in self.told
         for tracker in self.accelerator.trackers:
-            if tracker not in append_only or (kind, step) not in self.told:
+            if not (is_told and tracker.name in _APPEND_ONLY):
                 tracker.log(named, step=step)
-        if append_only and (kind, step) not in self.told:
-            self.told.add((kind, step))
+        if not is_told and any(tracker.name in _APPEND_ONLY for tracker in self.accelerator.trackers):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([self.name, kind, step]) + "\n")
 
