@@ -5,6 +5,7 @@
 Which views are restored from which encoder is left to the model. Corruption and loss are pure functions of tensors.
 """
 
+from collections.abc import Sequence
 from math import gcd, log2, prod
 from typing import Any
 
@@ -138,7 +139,7 @@ def restoration_loss(
 
 
 class T3DRestorationStage(GradientCheckpointingLayer):
-    """Doubles the axes that still need it, then convolution 3^3, group norm and ReLU."""
+    """Doubles the axes that still need it, cuts them to the view, then convolution 3^3, group norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, scale: tuple[int, int, int], num_groups: int):
         super().__init__()
@@ -146,9 +147,11 @@ class T3DRestorationStage(GradientCheckpointingLayer):
         self.convolution = T3DConv3d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm = nn.GroupNorm(gcd(num_groups, out_channels), out_channels)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(views, in_channels, d, h, w)` to `(views, out_channels, scale * d, ...)`."""
-        return nn.functional.relu(self.norm(self.convolution(self.upsample(hidden_states))))
+    def forward(self, hidden_states: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """`(views, in_channels, d, h, w)` to `(views, out_channels, *size)`, at most `scale` times as large."""
+        depth, height, width = size
+        hidden_states = self.upsample(hidden_states)[:, :, :depth, :height, :width]
+        return nn.functional.relu(self.norm(self.convolution(hidden_states)))
 
 
 class T3DRestoration(nn.Module):
@@ -195,6 +198,7 @@ class T3DRestoration(nn.Module):
                 f"{tuple(stride)} takes {max(doublings)} doublings; name one number per doubling"
             )
         self.chunk_size: int | None = None
+        self.doublings = doublings
         self.head_dim = size // config.num_tir_heads
         vision: Any = config.vision_config
         self.input_projection = nn.Linear(vision.hidden_size, size)
@@ -239,7 +243,8 @@ class T3DRestoration(nn.Module):
             token_maps (`torch.Tensor` of shape `(batch, views, hidden_size, d, h, w)`): of corrupted views.
             report_tokens (`torch.Tensor` of shape `(batch, report_tokens, projection_dim)`): projected.
             report_mask (`torch.Tensor` of shape `(batch, report_tokens)`, *optional*): 0 for padding.
-            size (three `int`, z y x): of the views; what the doublings give beyond it is cut off at the far ends.
+            size (three `int`, z y x): of the views; each doubling is cut at the far ends to what they need [choice],
+                so that nothing beyond a view is computed or enters the statistics of a norm.
 
         Returns:
             `torch.Tensor` of shape `(batch * views, num_channels, depth, height, width)`.
@@ -256,10 +261,11 @@ class T3DRestoration(nn.Module):
 
     def decode(self, hidden_states: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
         """Informed token maps `(views, projection_dim, d, h, w)` to views of this size."""
-        for stage in self.stages:
-            hidden_states = stage(hidden_states)
-        depth, height, width = size
-        return self.output_convolution(hidden_states[:, :, :depth, :height, :width])
+        for index, stage in enumerate(self.stages):
+            steps = [2 ** max(0, doublings - index - 1) for doublings in self.doublings]
+            needed = [-(-extent // step) for extent, step in zip(size, steps, strict=True)]
+            hidden_states = stage(hidden_states, needed)
+        return self.output_convolution(hidden_states)
 
 
 def _scale(doublings: list[int], stage: int) -> tuple[int, int, int]:

@@ -159,6 +159,26 @@ def test_views_come_back_in_their_own_size(vision, size):
     assert len(module.stages) == max(encoder.feature_strides[-1]).bit_length() - 1
 
 
+def test_nothing_beyond_a_view_is_decoded():
+    torch.manual_seed(0)
+    module = restoration(stem_stride=[1, 2, 2])[0].double().requires_grad_(False)
+    nn.init.normal_(module.stages[0].norm.weight)
+    hidden_states, size = torch.randn(2, 16, 5, 4, 3).double(), (9, 13, 9)
+    needed = [(9, 7, 5), (9, 13, 9)]
+    expected, scales = hidden_states, [(2, 2, 2), (1, 2, 2)]
+    for stage, scale, extents in zip(module.stages, scales, needed, strict=True):
+        for axis, (factor, extent) in enumerate(zip(scale, extents, strict=True), start=2):
+            expected = expected.repeat_interleave(factor, axis).narrow(axis, 0, extent)
+        expected = nn.functional.conv3d(expected, stage.convolution.weight, padding=1)
+        groups = expected.flatten(2).unflatten(1, (stage.norm.num_groups, -1)).flatten(2)
+        variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+        expected = ((groups - mean) / (variance + stage.norm.eps).sqrt()).view_as(expected)
+        weight, bias = (value[:, None, None, None] for value in (stage.norm.weight, stage.norm.bias))
+        expected = (expected * weight + bias).clamp(min=0)
+    expected = nn.functional.conv3d(expected, module.output_convolution.weight, module.output_convolution.bias)
+    torch.testing.assert_close(module.decode(hidden_states, size), expected)
+
+
 def test_a_transformer_of_any_patch_of_powers_of_two():
     vision = {
         "encoder_type": "vit",
