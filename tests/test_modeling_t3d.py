@@ -264,3 +264,10 @@ def test_classification_losses(problem_type, labels):
     torch.testing.assert_close(output.loss, expected)
     assert model(views).loss is None
     assert model.dropout.p == 0.3
+
+
+def test_temperature_and_bias_stay_in_32_bits_where_a_model_is_made_in_16():
+    model = T3DModel._from_config(tiny_config(contrastive_loss="sigmoid"), dtype=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    in_32_bits = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert in_32_bits == {"logit_scale", "logit_bias"}
