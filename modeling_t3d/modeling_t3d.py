@@ -133,11 +133,12 @@ class T3DModel(T3DPreTrainedModel):
         self.view_fusion = T3DViewFusion(config) if config.view_fusion == "attention" else None
         # A log, so that a learnt scale stays positive. Fixed, it is a parameter all the same: the placement of models
         # that do not fit on a device loses a nested module's own buffers.
-        # In 32 bits even where the model is made in 16: small steps of a logarithm would be rounded away.
-        self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32), requires_grad=self._learns_scale)
+        # In 32 bits at least where the model is made in 16: small steps of a logarithm would be rounded away.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.logit_scale = nn.Parameter(torch.zeros((), dtype=dtype), requires_grad=self._learns_scale)
         self._view_chunk_size: int | None = None
         has_bias = config.contrastive_loss == "sigmoid"
-        self.logit_bias = nn.Parameter(torch.zeros((), dtype=torch.float32)) if has_bias else None
+        self.logit_bias = nn.Parameter(torch.zeros((), dtype=dtype)) if has_bias else None
         # DistilBERT and others take no segments, and RoBERTa has a single one.
         self._takes_token_types = getattr(config.text_config, "type_vocab_size", 0) > 1
         self.post_init()
