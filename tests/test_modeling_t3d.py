@@ -7,7 +7,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from model_inputs import tiny_batch, tiny_config, tiny_vit_config
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, DistilBertConfig, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DModel, T3DVisionModel
@@ -267,7 +275,7 @@ def test_classification_losses(problem_type, labels):
 
 
 def test_temperature_and_bias_stay_in_32_bits_where_a_model_is_made_in_16():
-    model = T3DModel._from_config(tiny_config(contrastive_loss="sigmoid"), dtype=torch.bfloat16)
+    model = AutoModel.from_config(tiny_config(contrastive_loss="sigmoid"), dtype=torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     in_32_bits = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert in_32_bits == {"logit_scale", "logit_bias"}
