@@ -120,8 +120,12 @@ def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
         "data.num_sentence_texts=0",
         "data.crop_perturbation={}",
     )
+    # A decorrelation sums over pairs of channels: as heavy as a contrast, it would drown the other terms.
+    weight = OBJECTIVES["gtgm"]["lambda_tma"]
+    light = ("model.overrides.tma_loss=barlow", f"model.overrides.lambda_tma={weight}")
     return [
         *arms,
+        Arm("tma-loss-barlow-light", f"tma_loss barlow, GTGM's weight of {weight}", light),
         Arm("tir", "GCA + TMA + TIR", (restores,)),
         Arm(
             "tir-shuffled",

@@ -60,7 +60,7 @@ def test_configuration_is_the_quickstart_apart_from_paths_and_views():
     assert other["image_processor"]["num_local_views"] == 4
 
 
-OTHERS = ("tir-shuffled", "v1", "gtgm")
+OTHERS = ("tir-shuffled", "tma-loss-barlow-light", "v1", "gtgm")
 
 
 def test_arms_differ_from_the_default_by_one_switch(arms):
@@ -73,6 +73,7 @@ def test_arms_differ_from_the_default_by_one_switch(arms):
         assert len(changes[arm.name]) == expected or arm.name in OTHERS, arm.name
     others = {name: {key.rpartition(".")[2] for key in changes.pop(name)} for name in OTHERS}
     assert others["tir-shuffled"] == {"lambda_tir", "tir_report"}
+    assert others["tma-loss-barlow-light"] == {"tma_loss", "lambda_tma"}
     assert {"lambda_gca", "lambda_tir", "tma_query", "num_local_views"} <= others["v1"]
     assert {"gca_views", "tma_loss", "manifest", "num_local_views"} <= others["gtgm"]
     switches = [key.rpartition(".")[2] for changed in changes.values() for key in changed]
@@ -86,7 +87,7 @@ def test_arms_differ_from_the_default_by_one_switch(arms):
         "view_fusion": 2,
         "view_sampling": 2,
     }
-    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 15
+    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 16
 
 
 def make_result(scripts, arm: str, seed: int, quality: float) -> dict:
