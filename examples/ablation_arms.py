@@ -120,6 +120,8 @@ def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
         "data.num_sentence_texts=0",
         "data.crop_perturbation={}",
     )
+    # A caption tells what the whole volume holds, of which crops of the default's size show little.
+    most_of_the_body = ("image_processor.spacing=[12,12,12]", "image_processor.local_size=[24,20,24]")
     # A decorrelation sums over pairs of channels: as heavy as a contrast, it would drown the other terms.
     weight = OBJECTIVES["gtgm"]["lambda_tma"]
     light = ("model.overrides.tma_loss=barlow", f"model.overrides.lambda_tma={weight}")
@@ -134,6 +136,11 @@ def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
         ),
         Arm("v1", "TCL + TIR (v1)", _objective("v1")),
         Arm("gtgm", "GTGM, captions from masks", (*_objective("gtgm"), *captions)),
+        Arm(
+            "gtgm-large-crops",
+            "GTGM, captions from masks, crops of 288 x 240 x 288 mm",
+            (*_objective("gtgm"), *captions, *most_of_the_body),
+        ),
         Arm("supervised-ceiling", "supervised ceiling (on labels)", kind="supervised"),
         Arm("shortcut-baseline", "shortcut baseline (headers and HU histogram)", kind="shortcut"),
     ]

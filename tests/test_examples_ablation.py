@@ -60,7 +60,7 @@ def test_configuration_is_the_quickstart_apart_from_paths_and_views():
     assert other["image_processor"]["num_local_views"] == 4
 
 
-OTHERS = ("tir-shuffled", "tma-loss-barlow-light", "v1", "gtgm")
+OTHERS = ("tir-shuffled", "tma-loss-barlow-light", "v1", "gtgm", "gtgm-large-crops")
 
 
 def test_arms_differ_from_the_default_by_one_switch(arms):
@@ -76,6 +76,7 @@ def test_arms_differ_from_the_default_by_one_switch(arms):
     assert others["tma-loss-barlow-light"] == {"tma_loss", "lambda_tma"}
     assert {"lambda_gca", "lambda_tir", "tma_query", "num_local_views"} <= others["v1"]
     assert {"gca_views", "tma_loss", "manifest", "num_local_views"} <= others["gtgm"]
+    assert others["gtgm-large-crops"] - others["gtgm"] == {"spacing", "local_size"}
     switches = [key.rpartition(".")[2] for changed in changes.values() for key in changed]
     counts = {name: switches.count(name) for name in sorted(set(switches))}
     assert counts == {
@@ -87,7 +88,7 @@ def test_arms_differ_from_the_default_by_one_switch(arms):
         "view_fusion": 2,
         "view_sampling": 2,
     }
-    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 16
+    assert len({arm.overrides for arm in arms if arm.kind == "pretraining"}) == 17
 
 
 def make_result(scripts, arm: str, seed: int, quality: float) -> dict:
