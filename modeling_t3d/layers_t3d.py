@@ -30,6 +30,22 @@ def masked_mean(vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return (vectors * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def groups_of_like_length(attention_mask: torch.Tensor, num_groups: int) -> list[tuple[torch.Tensor, int]]:
+    """
+    Texts in groups that pad little: which texts, and how many leading tokens hold all of theirs.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(texts, tokens)`): 0 for padding.
+        num_groups (`int`): as many, of equal size where it divides the texts; one for each text where these are fewer.
+    """
+    places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    lengths = ((attention_mask != 0) * places).amax(dim=1).clamp(min=1)
+    order = lengths.argsort(stable=True)
+    groups = order.tensor_split(min(num_groups, len(order)))
+    widths = lengths[torch.stack([members[-1] for members in groups])].tolist()
+    return list(zip(groups, widths, strict=True))
+
+
 class T3DProjectionHead(nn.Module):
     """`Linear -> norm -> ReLU -> Linear` into the joint space, on vectors or on token sequences."""
 

@@ -23,7 +23,7 @@ from .clustering_loss_t3d import (
 from .communication_t3d import all_gather, all_reduce_sum, gather_sizes, global_mean, rank
 from .configuration_t3d import T3DConfig
 from .encoders_t3d import frozen_batch_norm_statistics
-from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DReports, unit_norm
+from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DReports, groups_of_like_length, unit_norm
 from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DPairFeatures
 from .modeling_t3d import T3DModel, model_from_towers
 from .pair_relations_t3d import gather_identities
@@ -32,6 +32,10 @@ from .restoration_t3d import T3DRestoration, corrupt_views, restoration_errors, 
 
 # Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
 _MAX_POOLED_ELEMENTS = 2**26
+
+# Sentences are encoded in so many groups of like length, each padded to its own longest. Always as many, whatever the
+# lengths are: processes that share a sharded text tower make the same number of passes.
+_SENTENCE_GROUPS = 4
 
 # Parameters whose gradient comes from `align` alone, by the beginning of their names.
 _LOSS_STAGE = ("multi_view_alignment.", "prototypes.", "t3d.logit_scale", "t3d.logit_bias")
@@ -150,9 +154,18 @@ class T3DForPreTraining(T3DPreTrainedModel):
     ) -> torch.Tensor:
         """Texts `(batch, sentences, tokens)` to un-normalised embeddings `(batch, sentences, projection_dim)`."""
         tokens = (sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
-        flat = (None if values is None else values.flatten(0, 1) for values in tokens)
-        features = self.t3d.get_text_features(*flat, return_dict=True).pooler_output
-        return features.unflatten(0, sentence_input_ids.shape[:2])
+        texts = [None if values is None else values.flatten(0, 1) for values in tokens]
+        if sentence_attention_mask is None:
+            _, pooled = self.t3d.encode_text(*texts)
+        else:
+            parts, order = [], []
+            for members, width in groups_of_like_length(texts[1], _SENTENCE_GROUPS):
+                group = (None if values is None else values[members, :width] for values in texts)
+                parts.append(self.t3d.encode_text(*group)[1])
+                order.append(members)
+            pooled = torch.cat(parts)[torch.cat(order).argsort()]
+        # All at once: the projection may hold a batch norm.
+        return self.t3d.text_projection(pooled).unflatten(0, sentence_input_ids.shape[:2])
 
     def restore_views(
         self,

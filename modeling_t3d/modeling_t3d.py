@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -368,19 +368,32 @@ class T3DModel(T3DPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`] whose `pooler_output` is the projected,
             un-normalised embedding of the first token, or of the tokens' mean, as `config.text_pooling` says.
         """
-        segments = {"token_type_ids": token_type_ids} if self._takes_token_types else {}
-        output = self.text_model(
-            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **kwargs
-        )
-        hidden_state = output.last_hidden_state
-        averages = self.config.text_pooling == "mean"
-        pooled = masked_mean(hidden_state, attention_mask) if averages else hidden_state[:, 0]
+        output, pooled = self.encode_text(input_ids, attention_mask, token_type_ids, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_state,
+            last_hidden_state=output.last_hidden_state,
             pooler_output=self.text_projection(pooled),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def encode_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[BaseModelOutput, torch.Tensor]:
+        """The text tower's output, and its tokens pooled to `(batch, hidden_size)`, before the projection.
+
+        Arguments as those of [`~T3DModel.get_text_features`].
+        """
+        segments = {"token_type_ids": token_type_ids} if self._takes_token_types else {}
+        output = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **kwargs
+        )
+        tokens = output.last_hidden_state
+        averages = self.config.text_pooling == "mean"
+        return output, masked_mean(tokens, attention_mask) if averages else tokens[:, 0]
 
     def global_alignment_loss(
         self,

@@ -248,6 +248,40 @@ def test_sentences_are_aligned_one_by_one():
     assert (model(**batch, **sentences).loss_sentences - output.loss_sentences).abs() > 1e-4, "the ids exclude"
 
 
+@pytest.mark.parametrize("num_pairs", [1, 5])
+@pytest.mark.parametrize("overrides", [{"text_pooling": "mean", "projection_norm": "batch"}, {}])
+def test_sentences_of_like_length_share_their_padding(num_pairs, overrides):
+    """Fewer tokens than the batch has pass the text tower; embeddings and gradients are those of all at once."""
+    model = staged_model(**overrides)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (num_pairs, 3), generator=generator)
+    mask = (torch.arange(30) < lengths[..., None]).long()
+    ids = torch.randint(3, 99, (num_pairs, 3, 30), generator=generator) * mask
+    widths = []
+    model.t3d.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+
+    def gradients_of(embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (embeddings * weights).sum().backward()
+        parameters = [*model.t3d.text_model.named_parameters(), *model.t3d.text_projection.named_parameters()]
+        found = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    embeddings = model.encode_sentences(ids, mask)
+    found = gradients_of(embeddings)
+    assert len(widths) == min(4, num_pairs * 3)
+    assert sum(widths) < ids.numel()
+    whole = model.t3d.get_text_features(ids.flatten(0, 1), mask.flatten(0, 1)).pooler_output
+    torch.testing.assert_close(embeddings, whole.unflatten(0, (num_pairs, 3)), rtol=1e-10, atol=1e-12)
+    expected = gradients_of(whole)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+
+
 def test_weights_of_the_terms():
     batch = tiny_batch()
     output = T3DForPreTraining(tiny_config(lambda_gca=0.5, lambda_tma=2.0)).eval()(**batch)
