@@ -201,7 +201,8 @@ def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = F
     return 0 if result.status == "completed" else EXIT_STATUS_INTERRUPTED
 
 
-if __name__ == "__main__":
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; overrides may stand before, between and after options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, see examples/configs")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in output_dir")
@@ -209,11 +210,15 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="print the plan and whether it fits; status 1 if not")
     parser.add_argument("--profile", action="store_true", help="take a few steps; output_dir/profile: table and trace")
     parser.add_argument("overrides", nargs="*", help="section.name=value")
-    arguments = parser.parse_args()
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.max_hours is not None:
+        parsed.overrides.append(f"training.max_hours={parsed.max_hours}")
+    return parsed
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     with errors_in_one_line():
-        overrides = arguments.overrides
-        if arguments.max_hours is not None:
-            overrides = [*overrides, f"training.max_hours={arguments.max_hours}"]
-        settings = load_configuration(arguments.config, overrides)
+        settings = load_configuration(arguments.config, arguments.overrides)
         sys.exit(train(settings, arguments.resume, dry_run=arguments.dry_run, profile=arguments.profile))

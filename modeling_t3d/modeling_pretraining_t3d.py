@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .clustering_loss_t3d import (
     chunked_multi_view_contrastive,
@@ -155,7 +156,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
         """Texts `(batch, sentences, tokens)` to un-normalised embeddings `(batch, sentences, projection_dim)`."""
         tokens = (sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
         texts = [None if values is None else values.flatten(0, 1) for values in tokens]
-        if sentence_attention_mask is None:
+        if sentence_attention_mask is None or is_tracing(sentence_attention_mask):  # a traced mask has no values
             _, pooled = self.t3d.encode_text(*texts)
         else:
             parts, order = [], []

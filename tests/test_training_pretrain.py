@@ -106,6 +106,15 @@ def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
     assert str(phantoms.parent) not in card
 
 
+def test_overrides_stand_before_between_and_after_options(pretrain):
+    options = (["--config", "c.yaml"], ["--profile", "--max-hours", "2"])
+    words = ["data.manifest=a.csv", *options[0], "training.max_steps=7", *options[1], "training.seed=1"]
+    parsed = pretrain.parse_arguments(words)
+    assert (parsed.config, parsed.profile, parsed.dry_run) == ("c.yaml", True, False)
+    overrides = ["data.manifest=a.csv", "training.max_steps=7", "training.seed=1", "training.max_hours=2.0"]
+    assert parsed.overrides == overrides
+
+
 def test_the_plan_needs_no_volume_and_the_profile_no_checkpoint(pretrain, phantoms, tmp_path, capsys):
     settings = settings_for(phantoms, tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}")
     assert pretrain.train(settings, resume=False, dry_run=True) == 0
