@@ -257,9 +257,9 @@ def test_sentences_of_like_length_share_their_padding(num_pairs, overrides):
     lengths = torch.randint(2, 30, (num_pairs, 3), generator=generator)
     mask = (torch.arange(30) < lengths[..., None]).long()
     ids = torch.randint(3, 99, (num_pairs, 3, 30), generator=generator) * mask
-    widths = []
+    token_counts = []
     model.t3d.text_model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+        lambda module, args, kwargs: token_counts.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
 
     def gradients_of(embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -272,8 +272,8 @@ def test_sentences_of_like_length_share_their_padding(num_pairs, overrides):
 
     embeddings = model.encode_sentences(ids, mask)
     found = gradients_of(embeddings)
-    assert len(widths) == min(4, num_pairs * 3)
-    assert sum(widths) < ids.numel()
+    assert len(token_counts) == min(4, num_pairs * 3)
+    assert sum(token_counts) < ids.numel()
     whole = model.t3d.get_text_features(ids.flatten(0, 1), mask.flatten(0, 1)).pooler_output
     torch.testing.assert_close(embeddings, whole.unflatten(0, (num_pairs, 3)), rtol=1e-10, atol=1e-12)
     expected = gradients_of(whole)
