@@ -36,12 +36,15 @@ def groups_of_like_length(attention_mask: torch.Tensor, num_groups: int) -> list
 
     Args:
         attention_mask (`torch.Tensor` of shape `(texts, tokens)`): 0 for padding.
-        num_groups (`int`): as many, of equal size where it divides the texts; one for each text where these are fewer.
+        num_groups (`int`): exactly as many, of equal size where it divides the texts; where these are fewer, the
+            longest is repeated at the end.
     """
     places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
     lengths = ((attention_mask != 0) * places).amax(dim=1).clamp(min=1)
     order = lengths.argsort(stable=True)
-    groups = order.tensor_split(min(num_groups, len(order)))
+    if len(order) < num_groups:
+        order = torch.cat([order, order[-1:].expand(num_groups - len(order))])
+    groups = order.tensor_split(num_groups)
     widths = lengths[torch.stack([members[-1] for members in groups])].tolist()
     return list(zip(groups, widths, strict=True))
 

@@ -34,8 +34,8 @@ from .restoration_t3d import T3DRestoration, corrupt_views, restoration_errors, 
 # Queries of the multi-view loss are pooled in chunks that hold about this many numbers at once (256 MiB of float32).
 _MAX_POOLED_ELEMENTS = 2**26
 
-# Sentences are encoded in so many groups of like length, each padded to its own longest. Always as many, whatever the
-# lengths are: processes that share a sharded text tower make the same number of passes.
+# Sentences are encoded in so many groups of like length, each padded to its own longest. Always as many, however few
+# the texts are: processes that share a sharded text tower make the same number of passes, or wait for each other.
 _SENTENCE_GROUPS = 4
 
 # Parameters whose gradient comes from `align` alone, by the beginning of their names.
@@ -159,12 +159,14 @@ class T3DForPreTraining(T3DPreTrainedModel):
         if sentence_attention_mask is None or is_tracing(sentence_attention_mask):  # a traced mask has no values
             _, pooled = self.t3d.encode_text(*texts)
         else:
-            parts, order = [], []
-            for members, width in groups_of_like_length(texts[1], _SENTENCE_GROUPS):
+            parts, places = [], []
+            for members, width in groups_of_like_length(sentence_attention_mask.flatten(0, 1), _SENTENCE_GROUPS):
                 group = (None if values is None else values[members, :width] for values in texts)
                 parts.append(self.t3d.encode_text(*group)[1])
-                order.append(members)
-            pooled = torch.cat(parts)[torch.cat(order).argsort()]
+                places.append(members)
+            # Back in their order, without the repeated ones, which get gradients of 0.
+            num_texts = sentence_input_ids.shape[:2].numel()
+            pooled = torch.cat(parts)[torch.cat(places)[:num_texts].argsort()]
         # All at once: the projection may hold a batch norm.
         return self.t3d.text_projection(pooled).unflatten(0, sentence_input_ids.shape[:2])
 

@@ -251,7 +251,10 @@ def test_sentences_are_aligned_one_by_one():
 @pytest.mark.parametrize("num_pairs", [1, 5])
 @pytest.mark.parametrize("overrides", [{"text_pooling": "mean", "projection_norm": "batch"}, {}])
 def test_sentences_of_like_length_share_their_padding(num_pairs, overrides):
-    """Fewer tokens than the batch has pass the text tower; embeddings and gradients are those of all at once."""
+    """Fewer tokens than the batch has pass the text tower; embeddings and gradients are those of all at once.
+
+    A process with fewer texts than groups makes as many passes as the others: they may share a sharded tower.
+    """
     model = staged_model(**overrides)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 30, (num_pairs, 3), generator=generator)
@@ -272,8 +275,8 @@ def test_sentences_of_like_length_share_their_padding(num_pairs, overrides):
 
     embeddings = model.encode_sentences(ids, mask)
     found = gradients_of(embeddings)
-    assert len(token_counts) == min(4, num_pairs * 3)
-    assert sum(token_counts) < ids.numel()
+    assert len(token_counts) == 4
+    assert sum(token_counts) < ids.numel() or num_pairs == 1
     whole = model.t3d.get_text_features(ids.flatten(0, 1), mask.flatten(0, 1)).pooler_output
     torch.testing.assert_close(embeddings, whole.unflatten(0, (num_pairs, 3)), rtol=1e-10, atol=1e-12)
     expected = gradients_of(whole)
