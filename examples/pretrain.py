@@ -11,6 +11,8 @@ in its folder); `--resume` continues it. `--dry-run` says what a run would need,
 """
 
 import argparse
+import atexit
+import gc
 import logging
 import sys
 from functools import partial
@@ -221,4 +223,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     with errors_in_one_line():
         settings = load_configuration(arguments.config, arguments.overrides)
+        # The data-parallel model holds the process group in a cycle: gloo's threads would outlive the interpreter, and
+        # now and then abort a process that has completed.
+        atexit.register(gc.collect)
         sys.exit(train(settings, arguments.resume, dry_run=arguments.dry_run, profile=arguments.profile))

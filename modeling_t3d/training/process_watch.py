@@ -62,6 +62,8 @@ class ProcessWatch:
 
     def __exit__(self, *exception: object) -> None:
         self.announce(_LEAVE)
+        # Threads may wait on, for others to leave: what they hold, the trainer and its process group, need not.
+        self.on_death = lambda cause: None
         for peer in self._peers.values():
             peer.close()
 
