@@ -61,9 +61,9 @@ class ProcessWatch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.announce(_LEAVE)
-        # Threads may wait on, for others to leave: what they hold, the trainer and its process group, need not.
-        self.on_death = lambda cause: None
+        if self.announce(_LEAVE):
+            # No thread calls it from here on. They may wait for others to leave, and would keep the trainer alive.
+            self.on_death = lambda cause: None
         for peer in self._peers.values():
             peer.close()
 
