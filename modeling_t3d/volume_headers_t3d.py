@@ -108,15 +108,8 @@ class TextHeader(NamedTuple):
     packed: tuple[str, int, int] | None
 
 
-def read_text_header(source: str) -> TextHeader:
-    """The header of an NRRD or MetaImage file.
-
-    Args:
-        source: path as the user gave it.
-
-    Raises:
-        VolumeReadError: the header is not well formed.
-    """
+def _fields(source: str) -> tuple[dict[str, str], int, bool]:
+    """The fields of an NRRD or MetaImage header, where the header ends, and whether it is NRRD."""
     with open(source, "rb") as stream:
         head = stream.read(65536)
     is_nrrd = head.startswith(b"NRRD")
@@ -146,6 +139,19 @@ def read_text_header(source: str) -> TextHeader:
             break
     if not finished and not (is_nrrd and start >= len(head)):
         raise VolumeReadError(f"{source}: its header has no end; it is damaged or another format")
+    return fields, start, is_nrrd
+
+
+def read_text_header(source: str) -> TextHeader:
+    """The header of an NRRD or MetaImage file.
+
+    Args:
+        source: path as the user gave it.
+
+    Raises:
+        VolumeReadError: the header is not well formed, or the file that it names for the voxels is missing.
+    """
+    fields, start, is_nrrd = _fields(source)
     data, held = _data_file(source, fields, start)
     if not is_nrrd:
         _check_meta_image(source, fields, held)
@@ -160,16 +166,40 @@ def read_text_header(source: str) -> TextHeader:
     return TextHeader(fields, held * MAXIMUM_DEFLATE, packed)
 
 
+def detached_files(source: str) -> list[str]:
+    """The files beside an NRRD or MetaImage header that hold its voxels: none where it holds them itself, all other
+    files of its folder where it names several. A damaged header names none; reading refuses it."""
+    try:
+        fields, _, _ = _fields(source)
+    except VolumeReadError:
+        return []
+    named = _named_file(source, fields)
+    if named is None or os.path.isfile(named):
+        return [] if named is None else [named]
+    own = os.path.abspath(source)
+    return sorted(entry.path for entry in os.scandir(os.path.dirname(own)) if entry.is_file() and entry.path != own)
+
+
+def _named_file(source: str, fields: dict[str, str]) -> str | None:
+    """The path that a header names for its voxels, which may stand for several files; None where it holds them."""
+    data = fields.get("elementdatafile") or fields.get("datafile") or "LOCAL"
+    return None if data.upper() == "LOCAL" else os.path.join(os.path.dirname(os.path.abspath(source)), data)
+
+
 def _data_file(source: str, fields: dict[str, str], start: int) -> tuple[str | None, int]:
     """The one file that holds the voxels, None where there are several, and the bytes that are there for them."""
-    data = fields.get("elementdatafile") or fields.get("datafile") or "LOCAL"
-    if data.upper() == "LOCAL":
+    named = _named_file(source, fields)
+    if named is None:
         return source, max(0, os.path.getsize(source) - start)
-    folder = os.path.dirname(os.path.abspath(source))
-    named = os.path.join(folder, data)
     if os.path.isfile(named):
         return named, os.path.getsize(named)
-    return None, sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    name = os.path.basename(named)
+    if not name.upper().startswith("LIST") and "%" not in name:  # lists and patterns of names
+        raise VolumeReadError(
+            f"{source}: the file that its header names for the voxels is missing; keep the two together, or convert "
+            "them to one .mha or .nrrd file"
+        )
+    return None, sum(os.path.getsize(file) for file in detached_files(source))
 
 
 def _check_meta_image(source: str, fields: dict[str, str], held: int) -> None:
@@ -225,6 +255,7 @@ __all__ = [
     "check_deflated",
     "check_promise",
     "damaged",
+    "detached_files",
     "pick_time",
     "read_text_header",
 ]

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from .geometry_t3d import (
 from .nifti_stream_t3d import NiftiFile, check_type, import_nibabel, nifti_geometry, open_nifti
 from .volume_arithmetic_t3d import remove_shear, rescale
 from .volume_dicom_t3d import describe_acquisition, describe_series, quiet_parsers, read_dicom
-from .volume_headers_t3d import archive_kind, damaged, pick_time
+from .volume_headers_t3d import archive_kind, damaged, detached_files, pick_time
 from .volume_itk_t3d import LPS_TO_RAS, from_simple_itk, read_itk
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -109,6 +110,16 @@ def naming(source: str) -> Iterator[None]:
         raise VolumeReadError(f"{source}: {error}") from None
     except MemoryError:
         raise VolumeReadError(f"{source}: the volume does not fit in memory") from None
+
+
+def volume_files(path: str | os.PathLike) -> list[Path]:
+    """All files that a volume is read from, in a fixed order: those of a folder; a file, and the files of voxels beside
+    an NRRD or MetaImage header."""
+    path = Path(path)
+    if path.is_dir():
+        return sorted(entry for entry in path.rglob("*") if entry.is_file())
+    is_header = path.suffix.lower() in ITK_SUFFIXES
+    return [path, *map(Path, detached_files(str(path)))] if is_header else [path]
 
 
 def list_series(path: str | os.PathLike) -> tuple[str, ...]:
@@ -380,6 +391,7 @@ __all__ = [
     "read_volume",
     "remove_shear",
     "to_volume",
+    "volume_files",
     "wrap_volume",
     "write_nifti",
 ]

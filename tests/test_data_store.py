@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import SimpleITK
 from counting_file_system import CountingFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -457,6 +458,23 @@ def test_content_of_a_folder(tmp_path):
     assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
     (tmp_path / "b" / "slice").rename(tmp_path / "b" / "other")
     assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+
+
+@pytest.mark.parametrize("suffix", ["mhd", "nhdr"])
+def test_volumes_whose_headers_alone_are_equal_have_their_own_keys(tmp_path, suffix):
+    store, keys = VolumeStore.create(str(tmp_path / "store"), PROCESSOR), []
+    for patient, value in (("a", 40), ("b", 300)):
+        (tmp_path / patient).mkdir()
+        image = SimpleITK.GetImageFromArray(np.full((4, 5, 6), value, np.int16))
+        SimpleITK.WriteImage(image, str(tmp_path / patient / f"scan.{suffix}"))
+        keys.append(store.key_of(tmp_path / patient / f"scan.{suffix}"))
+    assert (tmp_path / "a" / f"scan.{suffix}").read_bytes() == (tmp_path / "b" / f"scan.{suffix}").read_bytes()
+    assert keys[0] != keys[1]
+    # New voxels behind an unchanged header are seen, which the header's own time does not tell.
+    voxels = tmp_path / "a" / "scan.raw"
+    voxels.write_bytes((tmp_path / "b" / "scan.raw").read_bytes())
+    os.utime(voxels, (0, 0))
+    assert store.key_of(tmp_path / "a" / f"scan.{suffix}") == keys[1]
 
 
 def test_nothing_in_a_store_names_the_source(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from modeling_t3d import volume_arithmetic_t3d, volume_io_t3d
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
 from modeling_t3d.volume_arithmetic_t3d import remove_shear, rescale
-from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume, write_nifti
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume, volume_files, write_nifti
 from modeling_t3d.volume_itk_t3d import LPS_TO_RAS
 
 SimpleITK = pytest.importorskip("SimpleITK")
@@ -199,8 +199,22 @@ def test_detached_data_and_missing_data(tmp_path, scan):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(scan), str(tmp_path / "scan.mhd"))
     np.testing.assert_array_equal(read_volume(tmp_path / "scan.mhd").array, scan)
     os.unlink(tmp_path / "scan.raw")
-    with pytest.raises(VolumeReadError, match=r"scan\.mhd"):
+    with pytest.raises(VolumeReadError, match=r"scan\.mhd: the file that its header names for the voxels is missing"):
         read_volume(tmp_path / "scan.mhd")
+
+
+def test_the_files_of_a_volume(tmp_path, scan):
+    image = SimpleITK.GetImageFromArray(scan)
+    for name in ("scan.mhd", "scan.mha", "detached.nhdr"):
+        SimpleITK.WriteImage(image, str(tmp_path / name))
+    assert [file.name for file in volume_files(tmp_path / "scan.mhd")] == ["scan.mhd", "scan.raw"]
+    assert [file.name for file in volume_files(tmp_path / "detached.nhdr")] == ["detached.nhdr", "detached.raw"]
+    assert volume_files(str(tmp_path / "scan.mha")) == [tmp_path / "scan.mha"]
+    assert len(volume_files(tmp_path)) == 5
+    # A pattern stands for several files, which may be any of the folder.
+    header = (tmp_path / "scan.mhd").read_text()
+    (tmp_path / "slices.mhd").write_text(header.replace("scan.raw", "slice%03d.raw 1 4 1"))
+    assert len(volume_files(tmp_path / "slices.mhd")) == 6
 
 
 def damaged_files(folder, scan):

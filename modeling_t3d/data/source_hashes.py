@@ -8,17 +8,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..volume_io_t3d import volume_files
+
 _BLOCK = 1 << 20
 _KEY = re.compile("[0-9a-f]{40}")
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 of a file, or of a folder's files with their names (a DICOM series)."""
+    """SHA-256 of a file, or of several with their names: those of a folder (a DICOM series), a header and its data."""
     path = Path(path)
     digest = hashlib.sha256()
-    for file in _files(path):
-        if path.is_dir():
-            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+    files = volume_files(path)
+    for file in files:
+        if path.is_dir() or len(files) > 1:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
@@ -27,7 +31,7 @@ def content_hash(path: str | Path) -> str:
 
 def source_stamp(path: Path) -> str:
     """Hash of names, sizes and modification times: while they stay, the content hash is not computed again."""
-    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(path)]
+    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in volume_files(path)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -49,10 +53,6 @@ def volume_key(content: str, preparation: dict[str, Any]) -> str:
 def is_key(text: str) -> bool:
     """Whether a text has the form of a volume's key."""
     return _KEY.fullmatch(text) is not None
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
 
 
 __all__ = ["content_hash", "is_key", "path_hash", "preparation_text", "source_stamp", "volume_key"]
