@@ -113,8 +113,8 @@ def naming(source: str) -> Iterator[None]:
 
 
 def volume_files(path: str | os.PathLike) -> list[Path]:
-    """All files that a volume is read from, in a fixed order: those of a folder; a file, and the files of voxels beside
-    an NRRD or MetaImage header."""
+    """All files that a volume is read from, in a fixed order: those of a folder; a file, and the files of voxels that
+    lie beside an NRRD or MetaImage header."""
     path = Path(path)
     if path.is_dir():
         return sorted(entry for entry in path.rglob("*") if entry.is_file())
