@@ -142,6 +142,66 @@ def test_hours_that_end_go_on_later(tmp_path):
     assert [line["step"] for line in log_of(run) if line["kind"] == "train"] == list(range(1, 7))
 
 
+def test_a_validation_that_a_signal_pushed_out_is_made_up_for(tmp_path):
+    """Early stopping then ends the run where it ends without the signal, with the same best checkpoint."""
+    scores = {2: 0.5, 4: 0.9, 6: 0.3, 8: 0.2}
+
+    def train(name, max_hours):
+        trainer = build_trainer(
+            tmp_path / name,
+            evaluate=lambda model: {"score": scores[trainer.state.step]},
+            max_steps=20,
+            eval_steps=2,
+            metric_for_best_model="score",
+            early_stopping_patience=2,
+            max_hours=max_hours,
+        )
+        return trainer.train(resume=True)
+
+    results = [train("whole", None), train("stopped", 1e-9)]
+    while results[1].status == "interrupted":
+        results[1] = train("stopped", 1e-9)
+    for state in (result.state for result in results):
+        assert (state.step, state.best_step, state.best_metric) == (8, 4, 0.9)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    logs = [
+        [(line["step"], line["score"]) for line in log_of(tmp_path / name) if line["kind"] == "validation"]
+        for name in ("whole", "stopped")
+    ]
+    assert logs[0] == logs[1] == list(scores.items())
+
+
+def test_a_metric_that_is_no_number_is_never_best(tmp_path):
+    scores = iter([float("nan"), 0.5, float("nan"), 0.6, 0.1, 0.2])
+    trainer = build_trainer(
+        tmp_path, evaluate=lambda model: {"score": next(scores)}, eval_steps=2, metric_for_best_model="score"
+    )
+    trainer.train()
+    assert (trainer.state.best_step, trainer.state.best_metric) == (8, 0.6)
+    assert trainer.state.num_validations_without_gain == 2
+
+
+def test_a_run_goes_on_with_other_rates(tmp_path):
+    build_trainer(tmp_path, max_steps=4).train()
+    lower = {f"{part}_learning_rate": 1e-5 for part in ("vision", "text", "head")}
+    resumed = build_trainer(tmp_path, max_steps=8, weight_decay=0.5, adam_beta1=0.5, **lower)
+    resumed.train(resume=True)
+    groups = resumed.optimizer.param_groups
+    assert {group["peak_lr"] for group in groups} == {1e-5}
+    assert {group["betas"][0] for group in groups} == {0.5}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert all(state["step"] == 8 for state in resumed.optimizer.state.values()), "the moments were resumed"
+
+
+def test_another_model_or_other_frozen_parts_are_refused(tmp_path):
+    build_trainer(tmp_path, max_steps=4).train()
+    with pytest.raises(CheckpointError, match=r"the run had model\.dropout=0\.3, this one has 0\.1; resume with"):
+        build_trainer(tmp_path, max_steps=8, dropout=0.1).train(resume=True)
+    with pytest.raises(CheckpointError, match=r"the run had frozen_parameters=\[\], this one has \['text_model'\]"):
+        build_trainer(tmp_path, max_steps=8, frozen_parameters=["text_model"]).train(resume=True)
+    assert build_trainer(tmp_path, max_steps=8).train(resume=True).status == "completed"
+
+
 def test_what_else_a_run_keeps_is_resumed_too(tmp_path):
     class Counter:
         def __init__(self):

@@ -55,7 +55,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> d
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Undo [`optimizer_state`]. Collective where the parameters are sharded."""
+    """
+    Undo [`optimizer_state`], but for the settings: rates, decay and betas stay the optimiser's own, so that a run may
+    go on with others. Collective where the parameters are sharded.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entries in state["state"].items():
         parameter = parameters[index]
@@ -63,6 +67,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim:
                 entries[name] = _spread_like(value, parameter)
     optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

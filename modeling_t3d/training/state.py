@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Where a run stands, what must be the same for a resumed run to be the same run, and the folder that it leaves."""
 
+import json
+import math
 import os
 import shutil
 import uuid
@@ -10,13 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .arguments import ConfigurationError
 from .checkpoints import CheckpointError
 from .files import PARTIAL_PREFIX, flush_folder, replace_folder
 from .processes import ProcessGroup
 from .sharded_state import model_tensors
+
+# Fields of a configuration that tell where a model comes from or how it is stored, which saving changes.
+_PROVENANCE = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "dtype",
+    "provenance",
+    "transformers_version",
+)
 
 
 @dataclass
@@ -64,10 +77,9 @@ class TrainerState:
             raise ConfigurationError(
                 f"training.metric_for_best_model={name!r} is none of the validation's {', '.join(sorted(metrics))}"
             )
-        value = metrics[name]
-        if self.best_metric is not None and not (
-            value > self.best_metric if greater_is_better else value < self.best_metric
-        ):
+        value, best = metrics[name], self.best_metric
+        is_better = best is None or (value > best if greater_is_better else value < best)
+        if not is_better or math.isnan(value):
             self.num_validations_without_gain += 1
             return False
         self.num_validations_without_gain = 0
@@ -94,13 +106,34 @@ class TrainingResult:
 
 
 def refuse_other_run(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise if a checkpoint belongs to a run of other data or settings; the arguments after it name both."""
+    """
+    Raise if a checkpoint belongs to a run of other data or settings.
+
+    Args:
+        folder (`Path`): the checkpoint, which the message names.
+        saved (`dict`), current (`dict`): what must be the same, also inside dictionaries; what the version that wrote
+            the checkpoint did not know yet cannot differ.
+    """
     for name, value in current.items():
-        if saved.get(name) != value:
+        former = saved.get(name, value)
+        if isinstance(former, dict) and isinstance(value, dict):
+            prefixed = ({f"{name}.{key}": entry for key, entry in entries.items()} for entries in (former, value))
+            refuse_other_run(folder, *prefixed)
+        elif former != value:
             raise CheckpointError(
-                f"{folder}: the run had {name}={saved.get(name)!r}, this one has {value!r}; resume with the same "
+                f"{folder}: the run had {name}={former!r}, this one has {value!r}; resume with the same "
                 "configuration and data, or choose another training.output_dir"
             )
+
+
+def model_identity(config: PreTrainedConfig) -> dict[str, Any]:
+    """A model's configuration as JSON has it, without what says nothing of how the model computes."""
+
+    def computed(entries: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in entries.items() if name not in _PROVENANCE}
+        return {name: computed(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    return computed(json.loads(config.to_json_string(use_diff=False)))
 
 
 def save_model_folder(
@@ -138,4 +171,4 @@ def save_model_folder(
     return target
 
 
-__all__ = ["TrainerState", "TrainingResult", "refuse_other_run", "save_model_folder"]
+__all__ = ["TrainerState", "TrainingResult", "model_identity", "refuse_other_run", "save_model_folder"]

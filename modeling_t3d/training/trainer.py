@@ -36,7 +36,7 @@ from .run_checkpoints import RunCheckpoints
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
 from .session import RunSession
 from .sharding import clip_gradients, gradient_norm
-from .state import TrainerState, TrainingResult, save_model_folder
+from .state import TrainerState, TrainingResult, model_identity, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,12 @@ class T3DTrainer:
         args, state = self.args, self.state
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         training_mode(self.model, args)
+        is_evaluation_due = self.progress >= 1 or _is_multiple(state.step, args.eval_steps)
+        if state.step and is_evaluation_due and state.evaluated_step != state.step:
+            # A signal stopped the run before the validation of its last step.
+            self._evaluate(reporter)
+            self.save_checkpoint()
+            reporter.draw()
         # Every run takes a step, however short the time that it is given.
         interrupted = False
         with closing(self._steps()) as steps:
@@ -223,11 +229,6 @@ class T3DTrainer:
                 if is_save_due:
                     self.save_checkpoint()
                     reporter.draw()
-        if not interrupted and state.evaluated_step != state.step:
-            # The last step was taken by a run that a signal stopped before it validated.
-            self._evaluate(reporter)
-            self.save_checkpoint()
-            reporter.draw()
         return interrupted
 
     def _steps(self) -> Generator[list[dict[str, torch.Tensor]], None, None]:
@@ -381,6 +382,9 @@ class T3DTrainer:
             "num_pairs": len(self.train_dataset),
             "order": self.sampler.identity,
             "data": getattr(self.train_dataset, "fingerprint", None),
+            "frozen_vision_layers": self.args.frozen_vision_layers,
+            "frozen_parameters": self.args.frozen_parameters,
+            "model": model_identity(self.unwrapped_model.config),
         }
 
     def _resume(self) -> dict[str, Any] | None:
