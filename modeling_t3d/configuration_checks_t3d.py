@@ -23,14 +23,29 @@ _BASE_KEYS = frozenset(
         "name_or_path",
         "num_labels",
         "output_attentions",
+        "quantization_config",
         "tie_word_embeddings",
         "torch_dtype",
         "use_cache",
     }
 )
 
-# What `from_pretrained` hands on besides fields.
-_LOADING_KEYS = frozenset({"return_unused_kwargs", "_from_auto", "_from_pipeline"})
+# What `from_pretrained` hands on besides fields; `pipeline` gives the configuration all that loading the model takes.
+_LOADING_KEYS = frozenset(
+    {
+        "_from_auto",
+        "_from_pipeline",
+        "ignore_mismatched_sizes",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "return_unused_kwargs",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    }
+)
 
 
 def refuse_unknown(config: PreTrainedConfig | type[PreTrainedConfig], unknown: dict[str, Any]) -> None:

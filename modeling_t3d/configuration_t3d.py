@@ -339,8 +339,10 @@ class T3DConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T3DConfig":
-        """As in Transformers, but an unknown keyword raises."""
-        return super().from_dict(config_dict, **checked_keywords(cls, kwargs))
+        """As in Transformers, but an unknown keyword raises, and so do fields that do not fit together."""
+        loaded = super().from_dict(config_dict, **checked_keywords(cls, kwargs))
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
 
     def to_vision_config(self) -> T3DVisionConfig:
         """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""

@@ -6,6 +6,7 @@ encoders in `encoders_t3d`, what crosses ranks in `communication_t3d`.
 
 import inspect
 from contextlib import nullcontext
+from copy import deepcopy
 from math import log
 from os import PathLike
 from typing import Any
@@ -84,6 +85,8 @@ class T3DVisionModel(T3DPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, depth, height, width)`): views, as the
                 processor scales them.
         """
+        if pixel_values is None:
+            raise ValueError("a volume's embedding needs its global view: pass pixel_values")
         output = self.encoder(pixel_values, **kwargs)
         return T3DVisionModelOutput(
             last_hidden_state=output.last_hidden_state,
@@ -519,10 +522,18 @@ def model_from_towers(
     text: str | PathLike | PreTrainedModel,
     config: dict[str, Any],
 ) -> Any:
-    """A dual encoder, or a model around one, whose towers hold the given weights."""
+    """A dual encoder, or a model around one, whose towers hold the given weights, in 32 bits however they came."""
     vision_model = vision if isinstance(vision, PreTrainedModel) else T3DVisionModel.from_pretrained(vision)
     text_model = (text if isinstance(text, PreTrainedModel) else AutoModel.from_pretrained(text)).base_model
-    model = model_class(T3DConfig(vision_config=vision_model.config, text_config=text_model.config, **config))
+    towers: dict[str, Any] = {
+        "vision_config": deepcopy(vision_model.config),
+        "text_config": deepcopy(text_model.config),
+    }
+    for tower in towers.values():
+        # Or the tower would be built as its weights were stored: beside parts of another type, or, in 16 bits, too
+        # coarse for small steps.
+        tower.dtype = None
+    model = model_class(T3DConfig(**towers, **config))
     model.base_model.vision_model.load_state_dict(vision_model.state_dict())
     weights = {name: weight for name, weight in text_model.state_dict().items() if not name.startswith("pooler.")}
     model.base_model.text_model.load_state_dict(weights)

@@ -3,6 +3,7 @@
 """What all T3D models share: how weights begin, how folders are saved and load into each other, and checkpointing."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from math import log
 from os import PathLike
@@ -115,12 +116,15 @@ class T3DPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike | None, *model_args, **kwargs):
         r"""
         As [`~transformers.PreTrainedModel.from_pretrained`], of the folder of any T3D model that holds this one's
-        parts. The lowest `num_frozen_text_layers` are frozen afterwards.
+        parts. The lowest `num_frozen_text_layers` are frozen afterwards; a `gca_temperature` among the keywords takes
+        the place of the folder's.
         """
         nests_vision_model = cls.base_model_prefix == "vision_model"
         if nests_vision_model:
             if isinstance(kwargs.get("config"), T3DConfig):  # what an Auto class reads in a dual encoder's folder
                 kwargs["config"] = kwargs["config"].to_vision_config()
+                for name in kwargs.keys() & ({field.name for field in fields(kwargs["config"])} - {"dtype"}):
+                    setattr(kwargs["config"], name, kwargs.pop(name))
             kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), _PRETRAINING_PREFIX: ""}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -131,6 +135,10 @@ class T3DPreTrainedModel(PreTrainedModel):
                 for conversion in getattr(model, "_weight_conversions", None) or []
                 if _PRETRAINING_PREFIX not in conversion.source_patterns
             ]
+        if "gca_temperature" in kwargs:
+            # The folder holds the scale as a weight, which loading has just put in place of the keyword's.
+            with torch.no_grad():
+                model.base_model.logit_scale.fill_(-log(kwargs["gca_temperature"]))
         model.freeze_after_loading()
         return loaded
 

@@ -84,6 +84,24 @@ def test_loading_with_changes(tmp_path):
     assert unused == {"unknown": 1}
 
 
+def test_changes_while_loading_must_fit_together(tmp_path):
+    T3DConfig.from_preset("tiny").save_pretrained(tmp_path)
+    for change, message in (
+        ({"num_frozen_text_layers": -1}, "num_frozen_text_layers=-1, but the text tower has 2 layers"),
+        ({"gca_temperature": -0.2}, "temperatures must be positive"),
+        ({"num_tma_heads": 7}, "num_tma_heads=7 must divide"),
+    ):
+        with pytest.raises(StrictDataclassError, match=message):
+            T3DConfig.from_pretrained(tmp_path, **change)
+
+
+def test_a_quantised_model_can_be_reloaded(tmp_path):
+    config = T3DConfig.from_preset("tiny")
+    config.quantization_config = {"quant_method": "torchao"}
+    config.save_pretrained(tmp_path)
+    assert T3DConfig.from_pretrained(tmp_path).quantization_config == {"quant_method": "torchao"}
+
+
 # --- sub-configurations
 
 

@@ -223,6 +223,33 @@ def test_starts_from_the_vision_tower_of_any_folder(tmp_path):
     torch.testing.assert_close(other.vision_model.state_dict(), model.t3d.vision_model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("as_folders", [False, True])
+def test_towers_that_were_stored_in_16_bits_train_in_32(tmp_path, as_folders):
+    config = tiny_config()
+    parts = [T3DVisionModel(config.vision_config).bfloat16(), BertModel(config.text_config).half()]
+    if as_folders:
+        for part, name in zip(parts, ("vision", "text"), strict=True):
+            part.save_pretrained(tmp_path / name)
+        parts = [tmp_path / "vision", tmp_path / "text"]
+    model = T3DModel.from_vision_text_pretrained(*parts, num_fusion_heads=2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model(input_ids=torch.tensor([[2, 5]]), pixel_values=torch.zeros(1, 1, 8, 8, 8)).logits_per_image.sum().backward()
+
+
+def test_a_temperature_among_the_keywords_counts(tmp_path):
+    T3DForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    for model_class in (T3DModel, T3DForPreTraining):
+        model = model_class.from_pretrained(tmp_path, gca_temperature=0.2)
+        assert 1 / model.base_model.logit_scale.exp() == pytest.approx(0.2)
+        assert not model.base_model.logit_scale.requires_grad
+    assert 1 / T3DModel.from_pretrained(tmp_path).logit_scale.exp() == pytest.approx(0.07)
+
+
+def test_a_model_without_volumes_says_what_it_needs():
+    with pytest.raises(ValueError, match="needs its global view: pass pixel_values"):
+        T3DModel(tiny_config())(input_ids=torch.tensor([[2, 5]]))
+
+
 @pytest.mark.parametrize("model_class", [T3DModel, T3DForPreTraining])
 def test_text_layers_are_frozen_after_loading(tmp_path, model_class):
     config = tiny_config(num_frozen_text_layers=1)
