@@ -396,10 +396,20 @@ class T3DForPreTraining(T3DPreTrainedModel):
         return torch.stack(losses).mean()
 
     def view_alignment_loss(self, features: T3DPairFeatures) -> torch.Tensor:
-        """GCA once for each view slot, among the volumes that have that view, then the sum: GTGM's `clip(Z, T)`."""
+        """
+        GCA once for each view slot, among the volumes that have that view, then the sum: GTGM's `clip(Z, T)`. A slot
+        that fewer than two volumes of the global batch have has no anchors, and adds nothing.
+        """
         losses = []
         text_features: torch.Tensor = features.text_features
-        for view, exists in zip(features.local_features.unbind(dim=1), features.local_mask.unbind(dim=1), strict=True):
+        local_mask: torch.Tensor = features.local_mask
+        has_pairs = sum(gather_sizes(len(local_mask), local_mask.device)) > 1
+        volumes_with_view = all_reduce_sum(local_mask.sum(dim=0)).tolist()
+        slots = zip(features.local_features.unbind(dim=1), local_mask.unbind(dim=1), volumes_with_view, strict=True)
+        for view, exists, num_volumes in slots:
+            if has_pairs and num_volumes < 2:
+                losses.append(0.0 * (view.sum() + text_features.sum()))
+                continue
             ids = (features.study_ids, features.report_ids)
             study_ids, report_ids = (None if values is None else values.to(exists.device)[exists] for values in ids)
             scored = self.t3d(

@@ -204,6 +204,19 @@ def test_a_view_that_is_missing_is_neither_anchor_nor_candidate():
     torch.testing.assert_close(output.loss_gca, model(**one).loss_gca + model(**three).loss_gca)
 
 
+def test_a_view_that_only_one_volume_has_adds_nothing():
+    model, batch = model_of(**ALIGNS_VIEWS).eval(), tiny_batch(3, 2)
+    batch["local_mask"][1:, 1] = False
+    one = {name: value[:, :1] if name.startswith("local_") else value for name, value in batch.items()}
+    torch.testing.assert_close(model(**batch).loss_gca, model(**one).loss_gca)
+    batch["local_mask"][:] = False
+    loss = model(**batch).loss
+    assert loss == 0
+    loss.backward()
+    with pytest.raises(ValueError, match="the global batch holds 1 pair"):
+        model(**{name: value[:1] for name, value in tiny_batch(3, 2).items()})
+
+
 def test_the_mean_of_a_view_asks_nothing_and_has_no_parameters():
     model = model_of(tma_query="mean")
     assert model.multi_view_alignment is None
