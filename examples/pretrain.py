@@ -35,7 +35,12 @@ from modeling_t3d.evaluation.restoration import measure_restoration
 from modeling_t3d.evaluation.retrieval import report_volume_retrieval
 from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, evaluate_embeddings, logit_scale_of, make_prompts
 from modeling_t3d.processing_t3d import read_descriptions
-from modeling_t3d.training.arguments import ModelArguments, PretrainingConfiguration, load_configuration
+from modeling_t3d.training.arguments import (
+    ConfigurationError,
+    ModelArguments,
+    PretrainingConfiguration,
+    load_configuration,
+)
 from modeling_t3d.training.model_card import provenance
 from modeling_t3d.training.plan import plan_run
 from modeling_t3d.training.profiling import profile_steps
@@ -67,11 +72,22 @@ def build_processor(settings: PretrainingConfiguration, reports: list[str]) -> T
 
 def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
     """The preset from scratch, or with one or both towers pretrained."""
+    vision, text = settings.vision_model_name_or_path, settings.text_model_name_or_path
     overrides = dict(settings.overrides)
+    for path, name in ((vision, "vision_config"), (text, "text_config")):
+        if path and name in overrides:
+            raise ConfigurationError(
+                f"model.overrides.{name} describes a tower from scratch, but {path} is loaded as it is: give one of "
+                "the two"
+            )
+    if overrides.get("num_frozen_text_layers") and not text:
+        raise ConfigurationError(
+            "model.overrides.num_frozen_text_layers would freeze layers that have learnt nothing: set 0, or give "
+            "model.text_model_name_or_path"
+        )
     text_defaults = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     overrides["text_config"] = text_defaults | overrides.get("text_config", {})
     config = T3DConfig.from_preset(settings.preset, settings.objective, **overrides)
-    vision, text = settings.vision_model_name_or_path, settings.text_model_name_or_path
     if not vision and not text:
         return T3DForPreTraining(config)
     towers = ("vision_config", "text_config")
@@ -134,8 +150,8 @@ def build_trainer(settings: PretrainingConfiguration) -> tuple[T3DTrainer, list[
     torch.manual_seed(training.seed)
     processor = build_processor(settings, [row.full_report for row in rows])
     model = build_model(source, processor.tokenizer)
-    # Learnt positions bound the length of a report, less what RoBERTa reserves for padding.
-    positions = model.config.text_config.max_position_embeddings - 2
+    # Learnt positions bound the length of a report, less what RoBERTa reserves up to the padding token's number.
+    positions = model.config.text_config.max_position_embeddings - 1 - (processor.tokenizer.pad_token_id or 0)
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
     collator = objective_collator(model.config, processor)
     facts = {

@@ -17,9 +17,10 @@ from transformers import AutoModelForPreTraining, AutoProcessor, BertConfig, Ber
 
 from modeling_t3d import T3DConfig, T3DImageProcessor, T3DModel, T3DVisionModel
 from modeling_t3d.data.phantom_files import write_phantoms
+from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.phantom_studies import phantom_seeds
 from modeling_t3d.data.store import VolumeStore
-from modeling_t3d.training.arguments import ConfigurationError, load_configuration
+from modeling_t3d.training.arguments import ConfigurationError, ModelArguments, load_configuration
 from modeling_t3d.training.checkpoints import CheckpointError, read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +231,25 @@ def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path
     moved = trained.text_model.encoder.layer[1].output.dense.weight - weights["encoder.layer.1.output.dense.weight"]
     assert 0 < moved.abs().max() < 0.01
     assert "| start | vision, text |" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"vision_model_name_or_path": "v", "overrides": {"vision_config": {"norm": "batch"}}}, "vision_config desc"),
+        ({"text_model_name_or_path": "t", "overrides": {"text_config": {"hidden_size": 8}}}, "text_config describes"),
+        ({"overrides": {"num_frozen_text_layers": 1}}, "would freeze layers that have learnt nothing"),
+    ],
+)
+def test_settings_of_a_tower_that_would_not_count_are_refused(pretrain, model, message):
+    tokenizer = train_phantom_tokenizer(["The heart is normal."], 50)
+    with pytest.raises(ConfigurationError, match=message):
+        pretrain.build_model(ModelArguments(preset="tiny", **model), tokenizer)
+
+
+def test_reports_are_cut_where_the_settings_say(pretrain, phantoms, tmp_path):
+    trainer, _ = pretrain.build_trainer(settings_for(phantoms, tmp_path, "data.max_report_tokens=7"))
+    assert trainer.collator.max_report_tokens == trainer.processor.max_report_tokens == 7
 
 
 def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
