@@ -16,6 +16,32 @@ def test_sentences():
         "2. Follow-up?",
     ]
     assert split_sentences("") == []
+    assert split_sentences("10. Normal liver. Cyst in segment 5. No stone.") == [
+        "10. Normal liver.",
+        "Cyst in segment 5.",
+        "No stone.",
+    ]
+
+
+def test_a_line_that_was_broken_for_its_length_ends_no_sentence():
+    """Else half of a denial would be taken for a finding."""
+    text = (
+        "FINDINGS: The lungs are clear. There is no\npleural effusion. No evidence of acute pulmonary embolism or of\n"
+        "Pancoast's tumour.\n\nIMPRESSION\nNo nodule"
+    )
+    assert split_sentences(text) == [
+        "FINDINGS: The lungs are clear.",
+        "There is no pleural effusion.",
+        "No evidence of acute pulmonary embolism or of Pancoast's tumour.",
+        "IMPRESSION",
+        "No nodule",
+    ]
+    assert split_sentences("Clear lungs\nNo effusion\n- a cyst\n2) a stone") == [
+        "Clear lungs",
+        "No effusion",
+        "- a cyst",
+        "2) a stone",
+    ]
 
 
 def test_a_sample_holds_one_to_three_sentences_in_their_order():

@@ -9,17 +9,51 @@ from functools import lru_cache
 import numpy as np
 
 MAX_SENTENCES = 3  # of a sampled text [choice]
+_MIN_WIDTH = 40  # of lines that are broken for their length, in letters [choice]
+_ITEM = re.compile(r"[-*\u2022]|\d{1,2}[.)]\s")  # what begins an item of a list
+_ITEM_NUMBER = re.compile(r"(.*[:;]\s*)?\d{1,2}\.")  # all that stands before an item's own words
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a report; a full stop inside a number or after an item number ends none."""
+    """
+    Sentences of a report. A full stop inside a number or after the number of an item ends none; the end of a line
+    does, unless the line was broken for its length alone: half a sentence may affirm what the whole one denies.
+    """
     return list(_sentences(text))
 
 
 @lru_cache(maxsize=1 << 14)
 def _sentences(text: str) -> tuple[str, ...]:
-    parts = re.split(r"(?<=[.!?])(?<!\b\d\.)\s+(?=\S)|\n+", text.strip())
-    return tuple(part.strip() for part in parts if part and part.strip())
+    sentences = []
+    for line in _unwrapped_lines(text):
+        start = 0
+        for gap in re.finditer(r"(?<=[.!?])\s+", line):
+            if not _ITEM_NUMBER.fullmatch(line, start, gap.start()):
+                sentences.append(line[start : gap.start()])
+                start = gap.end()
+        sentences.append(line[start:])
+    return tuple(sentences)
+
+
+def _unwrapped_lines(text: str) -> list[str]:
+    """The lines of a text, without empty ones; those that were broken for their length alone are joined again."""
+    lines = [line.strip() for line in text.splitlines()]
+    width = max(map(len, lines), default=0)
+    joined: list[str] = []
+    former = ""
+    for line in lines:
+        goes_on = former and line and former[-1] not in ".!?:" and not _ITEM.match(line)
+        # A sentence begins with no small letter, nor with a word that had no room in the line before.
+        if goes_on and (
+            line[0].islower()
+            or line[0] in "(,;"
+            or _MIN_WIDTH <= width < len(former) + 1 + len(line.split(maxsplit=1)[0])
+        ):
+            joined[-1] += f" {line}"
+        elif line:
+            joined.append(line)
+        former = line
+    return joined
 
 
 @lru_cache(maxsize=1 << 16)
