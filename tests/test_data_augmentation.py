@@ -123,6 +123,14 @@ def test_text_and_views_change_sides_together(collator):
 @pytest.mark.parametrize(
     ("text", "swapped"),
     [
+        ("Nodule of the left_kidney, leftsided effusion.", "Nodule of the right_kidney, rightsided effusion."),
+        ("RUL nodule. LLL consolidation.", None),
+        ("Lt pleural effusion, right lung clear.", None),
+        ("Effusion L>R.", None),
+        ("Derrame pleural izquierdo.", None),
+        ("right middle\nlobe nodule", None),
+        ("Right-middle-lobe nodule", None),
+        ("Fracture of L1, cleft vertebra.", "Fracture of L1, cleft vertebra."),
         ("Left-sided effusion, RIGHT lung clear.", "Right-sided effusion, LEFT lung clear."),
         ("Nodule in the right upper lobe; leftward shift.", "Nodule in the left upper lobe; rightward shift."),
         ("The drain was left in place.", "The drain was left in place."),

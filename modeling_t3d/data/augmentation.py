@@ -17,15 +17,23 @@ from .datasets import PretrainingSample, stable_id
 _DRAWS = 3  # stream of random numbers; those of views and sentences come first
 _PARAMETERS = "augmentation_parameters"
 _SEEDS = "augmentation_seeds"
-# Words of one side only: their organ does not change sides when the words around it do.
-_ONE_SIDED = re.compile(r"lingula|middle lobe|dextro|levo|situs", re.IGNORECASE)
-_SIDE = re.compile(r"\b(left|right)(?=\b|ward|most)(?! (?:in place|in situ|unchanged|untreated))", re.IGNORECASE)
+# Words of one side only: their organ does not change sides when the words around it do. Abbreviations and words of
+# other languages may name a side, too, and are not exchanged.
+_ONE_SIDED = re.compile(
+    r"lingula|middle[\s_-]+lobe|dextro|levo|situs|izquierd|derech"
+    r"|\b(?-i:RUL|RML|RLL|LUL|LLL|RCA|LCA|LAD|LCX|LCx|[RL])\b|\b[rl]t\b",
+    re.IGNORECASE,
+)
+_SIDE = re.compile(
+    r"(?<![^\W_])(left|right)(?=[\W_]|$|ward|most|sided)(?!\s(?:in place|in situ|unchanged|untreated))", re.IGNORECASE
+)
 _OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 def swap_sides(text: str) -> str | None:
     """
-    A report with left and right exchanged; `None` if it names what cannot change sides, such as the lingula.
+    A report with left and right exchanged; `None` if it names what cannot change sides, such as the lingula, or a side
+    in another way than by these words: an abbreviation (RUL, Lt), or Spanish.
 
     Example:
 
