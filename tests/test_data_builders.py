@@ -129,6 +129,31 @@ def test_ct_rate_v2_is_never_rescaled_twice(tmp_path):
     assert not any("fixed" in str(record["volume"]) for record in records)
 
 
+@pytest.mark.parametrize("cell", ["", "nan", "NaN"])
+def test_ct_rate_labels_without_a_value_are_unknown(tmp_path, cell):
+    path = make_ct_rate(tmp_path) / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv"
+    table(path, [{"VolumeName": "train_1_a_1.nii.gz", "Lung nodule": cell, "Medical material": "1.0"}])
+    first, second = build_records("ct-rate", tmp_path).records[:2]
+    assert first["labels"] == {"Lung nodule": None, "Medical material": 1}
+    assert second["labels"] == {}
+
+
+def test_ct_rate_cells_that_are_no_number_are_refused(tmp_path):
+    make_ct_rate(tmp_path, fixed=False)
+    rows = [
+        {"VolumeName": f"train_1_a_{number}.nii.gz", "Lung nodule": cell, "RescaleSlope": 1, "RescaleIntercept": cell}
+        for number, cell in ((1, 0), (2, "A. Person"))
+    ]
+    for name, message in (
+        ("metadata/train_metadata.csv", "row 2: RescaleSlope or RescaleIntercept is no number; download it again"),
+        ("multi_abnormality_labels/train_predicted_labels.csv", "row 2: 'Lung nodule' is not 1, 0 or empty; download"),
+    ):
+        table(tmp_path / "dataset" / name, rows)
+        with pytest.raises(LayoutError, match=rf"{Path(name).name}: {message}") as caught:
+            build_records("ct-rate", tmp_path, csv_rescale=True)
+        assert "Person" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------- BIMCV-R
 
 
@@ -345,6 +370,35 @@ def test_plain_folder(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["1.2.840.113619.2.55.3.0", "i1.CTDC.1", "IM0", "IM0.dcm"])
+def test_plain_folder_finds_dicom_files_of_any_name(tmp_path, name):
+    series = touch(tmp_path / "p1" / "ct" / name).parent
+    (series / name).write_bytes(b"\0" * 128 + b"DICM")
+    for other in ("p1/notes/notes.txt", "p1/notes/preview.1"):  # neither a kind that DICOM has nor its marker
+        touch(tmp_path / other).write_bytes(b"\0" * 200)
+    assert [record["volume"] for record in build_records("folder", tmp_path).records] == [series]
+
+
+def test_plain_folder_keeps_all_that_stands_under_equal_headings(tmp_path):
+    touch(tmp_path / "a.nii")
+    text = "FINDINGS:\nChest: nodule.\nFinding:\nAbdomen: normal.\nIMPRESSION:\nNodule.\nADDENDUM\nIMPRESSION: Told."
+    (tmp_path / "a.txt").write_text(text)
+    record = build_records("folder", tmp_path).records[0]
+    assert record["findings"] == "Chest: nodule.\nAbdomen: normal."
+    assert record["impression"] == "Nodule.\nADDENDUM\nTold."
+
+
+def test_plain_folder_reports_are_utf8(tmp_path):
+    touch(tmp_path / "a.nii")
+    report = tmp_path / "a.txt"
+    report.write_text("Befund: Herz normal groß.", encoding="utf-8-sig")
+    assert build_records("folder", tmp_path).records[0]["report"] == "Befund: Herz normal groß."
+    for encoding in ("cp1252", "utf-16"):
+        report.write_text("Befund: Herz normal groß.", encoding=encoding)
+        with pytest.raises(LayoutError, match=r"a\.txt: is not UTF-8; save it as UTF-8"):
+            build_records("folder", tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------- what may be wrong
 
 MAKERS = {
@@ -391,6 +445,25 @@ def test_a_cut_table_is_refused(tmp_path, layout):
         build_records(layout, tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+@pytest.mark.parametrize(("layout", "name"), FILES)
+def test_a_table_in_another_encoding_is_refused(tmp_path, layout, name, encoding):
+    MAKERS[layout](tmp_path)
+    path = tmp_path / name
+    path.write_text(path.read_text() + "groß", encoding=encoding)
+    with pytest.raises(LayoutError, match=rf"{path.name}: is not UTF-8; save it as UTF-8"):
+        build_records(layout, tmp_path)
+
+
+@pytest.mark.parametrize(("layout", "name"), FILES)
+def test_blank_lines_are_passed_over(tmp_path, layout, name):
+    MAKERS[layout](tmp_path)
+    release = build_records(layout, tmp_path)
+    path = tmp_path / name
+    path.write_text(path.read_text().replace("\n", "\n\n"))
+    assert build_records(layout, tmp_path) == release
+
+
 @pytest.mark.parametrize("layout", BUILDERS)
 def test_an_empty_folder_is_refused(tmp_path, layout):
     with pytest.raises(LayoutError, match=r"missing|none of the folders|no volumes"):
@@ -426,6 +499,26 @@ def test_every_layout_gives_a_manifest_that_is_read(tmp_path, layout):
     )
     assert [row.volume.resolve() for row in manifest.rows] == [r["volume"].resolve() for r in release.records]
     assert all(row.patient_id and row.study_id for row in manifest.rows)
+
+
+@pytest.mark.parametrize("layout", MAKERS)
+def test_a_volume_that_is_named_twice_is_kept_once_and_counted(tmp_path, layout):
+    MAKERS[layout](tmp_path)
+    records = build_records(layout, tmp_path).records
+    path = tmp_path / {**dict(FILES), "rad-chestct": NEEDED["rad-chestct"][0]}[layout]  # the one that names volumes
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    release = build_records(layout, tmp_path)
+    assert release.records == records
+    assert [note.split()[0] for note in release.notes if "name a volume that an earlier row names" in note] == ["1"]
+    path = write_records(records, tmp_path / "m.jsonl")
+    assert read_manifest(path, require_report=False, min_report_words=1).rows
+
+
+def test_a_patient_has_one_split_in_every_form_of_the_name():
+    for number in range(20):
+        records = [{"volume": name, "patient_id": f"{name}{number}"} for name in ("M\u00fcller", "Mu\u0308ller")]
+        assign_splits(records, {"train": 0.5, "test": 0.5})
+        assert records[0]["split"] == records[1]["split"]
 
 
 def test_splits_keep_patients_together_and_stay_when_more_is_downloaded():

@@ -4,6 +4,7 @@
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,55 @@ def test_absolute_paths_and_byte_order_mark(tmp_path):
     assert read_manifest(path).rows[0].volume == volume
 
 
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl", "manifest.parquet"])
+def test_nan_is_an_empty_cell(tmp_path, name):
+    nan = float("nan")
+    gaps = {"findings": nan, "patient_id": nan, "study_id": nan, "label:cyst": nan, "rescale": nan, "key": nan}
+    rows = [
+        {"volume": "a.nii", "impression": REPORT, "split": "train", **gaps},
+        {"volume": "b.nii", "impression": REPORT, "split": "test", **gaps},
+    ]
+    manifest = read_manifest(write(tmp_path, rows, name))
+    first, second = manifest.rows
+    assert (first.report, first.labels, first.rescale, first.key) == (REPORT, {"cyst": None}, None, None)
+    assert (first.patient_id, second.patient_id) == ("a.nii", "b.nii"), "nobody's volumes are not one patient's"
+    assert manifest.notes == ["no patient_id: whether the splits share patients could not be checked"]
+    (tmp_path / "b.nii").unlink()
+    with pytest.raises(ManifestError, match=r"row 2: the volume 'b\.nii' is missing"):
+        read_manifest(tmp_path / name)
+
+
+def test_nan_is_written_as_an_empty_cell(tmp_path):
+    record = {"volume": "a.nii", "report": REPORT, "patient_id": float("nan"), "labels": {"cyst": float("nan")}}
+    path = write_records([record], tmp_path / "a.csv")
+    assert read_records(path)[0][0][1] == {**record, "patient_id": "", "labels": '{"cyst": null}'}
+
+
+@pytest.mark.parametrize("column", ["patient_id", "study_id"])
+@pytest.mark.parametrize(("one", "other"), [(12, 12.0), ("12", 12.0), ("M\u00fcller", "Mu\u0308ller")])
+def test_an_id_written_in_two_ways_is_one(tmp_path, column, one, other):
+    rows = [{**GOOD, column: one, "split": "train"}, {**OTHER, column: other, "split": "test"}]
+    path = write(tmp_path, rows, "manifest.jsonl")
+    with pytest.raises(ManifestError, match=r"are one patient's"):
+        read_manifest(path)
+
+
+def test_reconstructions_are_compared_in_one_form(tmp_path):
+    rows = [{**GOOD, "reconstruction": unicodedata.normalize("NFD", "weich für Mediastinum")}]
+    assert read_manifest(write(tmp_path, rows)).rows[0].reconstruction == "weich f\u00fcr Mediastinum"
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl", "manifest.parquet"])
+def test_masks_without_a_path_are_no_masks(tmp_path, name):
+    (tmp_path / "m.nii").touch()
+    masks = {"lesions": None, "organs": "", "ribs": float("nan"), "lung": "m.nii"}
+    if name.endswith("parquet"):
+        masks["ribs"] = None  # a column of an Arrow table has one type
+    cell = json.dumps(masks) if name.endswith("csv") else masks
+    row = read_manifest(write(tmp_path, [{**GOOD, "masks": cell}], name)).rows[0]
+    assert row.masks == {"lung": tmp_path / "m.nii"}
+
+
 def test_short_reports_are_dropped_and_counted(tmp_path):
     rows = [{"volume": "a.nii", "report": REPORT}, {"volume": "b.nii", "report": "No change."}]
     manifest = read_manifest(write(tmp_path, rows))
@@ -132,13 +182,24 @@ def test_labels_without_reports(tmp_path):
     assert read_manifest(write(tmp_path, rows), require_report=False).rows[0].labels == {"nodule": 1}
 
 
-def test_unread_columns_are_named(tmp_path):
-    manifest = read_manifest(write(tmp_path, [{"volume": "a.nii", "report": REPORT, "scanner": "x"}]))
-    assert "columns that are not read: scanner" in manifest.describe()
+@pytest.mark.parametrize("name", ["scanner", "patient_age", "patient_dob", "study_date", "study_time", "report_id"])
+def test_unread_columns_are_named(tmp_path, name):
+    manifest = read_manifest(write(tmp_path, [{"volume": "a.nii", "findings": REPORT, name: "x"}]))
+    assert f"columns that are not read: {name}" in manifest.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("PatientID", "patient_id"), ("patient", "patient_id"), ("study_uid", "study_id"), ("reports", "report")],
+)
+def test_misspelt_columns_are_refused(tmp_path, name, meant):
+    with pytest.raises(ManifestError, match=rf"unknown column '{name}'; rename it to '{meant}'"):
+        read_manifest(write(tmp_path, [{"volume": "a.nii", "findings": REPORT, name: "x"}]))
 
 
 GOOD = {"volume": "a.nii", "report": REPORT}
 OTHER = {"volume": "b.nii", "report": REPORT}
+LONG = f"{REPORT} " * 200  # nothing that a file can be called
 WRONG = {
     "no volume column": ([{"path": "a.nii", "report": REPORT}], r"no column 'volume'"),
     "misspelt column": ([{**GOOD, "patientid": "1"}], r"unknown column 'patientid'; rename it to 'patient_id'"),
@@ -158,6 +219,10 @@ WRONG = {
     "labels not JSON": ([{**GOOD, "labels": "nodule"}], r"row 1: labels is not a JSON object"),
     "rescale": ([{**GOOD, "rescale": "[0, 1]"}], r"row 1: rescale is not two numbers; write \[slope, intercept\]"),
     "rescale text": ([{**GOOD, "rescale": "1"}], r"row 1: rescale is not two numbers"),
+    "volume a report": ([GOOD, {"volume": LONG, "report": REPORT}], r"row 2: its 'volume' cell holds a text that is"),
+    "volume of lines": ([{"volume": "a.\nb.", "report": REPORT}], r"row 1: its 'volume' cell .* write a file's path"),
+    "volume of parts": ([{"volume": LONG.replace(" ", "/"), "report": REPORT}], r"row 1: its 'volume' cell holds"),
+    "mask a report": ([{**GOOD, "masks": LONG}], r"row 1: its 'masks' cell holds a text that is no path"),
     "missing mask": ([{**GOOD, "masks": "gone.nii"}], r"row 1: the mask 'mask' is missing"),
 }
 
@@ -165,9 +230,19 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_manifests_are_refused(tmp_path, case):
     rows, message = WRONG[case]
+    for name in {row["volume"] for row in rows if row.get("volume")} & {"a.nii", "./a.nii", "b.nii"}:
+        (tmp_path / name).touch()
     with pytest.raises(ManifestError, match=message) as caught:
-        read_manifest(write(tmp_path, rows))
+        read_manifest(write(tmp_path, rows, files=False))
     assert "\n" not in str(caught.value)
+    assert REPORT not in str(caught.value)
+
+
+@pytest.mark.parametrize("volume", [r"a\u0000", r"\ud800"])  # a NUL; half of a surrogate pair
+def test_characters_that_no_path_has_are_refused(tmp_path, volume):
+    (tmp_path / "manifest.jsonl").write_text(f'{{"volume": "{volume}", "report": "{REPORT}"}}\n')
+    with pytest.raises(ManifestError, match=r"row 1: its 'volume' cell holds a text that is no path"):
+        read_manifest(tmp_path / "manifest.jsonl", check_files=False)
 
 
 def test_missing_files_are_named(tmp_path):
@@ -192,12 +267,29 @@ def test_a_single_section_must_exist(tmp_path):
         ("a.csv", "volume,report\n", r"no rows"),
         ("a.jsonl", '{"volume": "a"}\n{oops}\n', r"row 2 is not JSON"),
         ("a.jsonl", "[1]\n", r"row 1 is not a JSON object"),
+        ("a.csv", "volume;report\na.nii;Heart, lungs and bones.\n", r"are separated by semicolons; separate them by"),
+        ("a.csv", '"report";"volume"\n"Heart.";"a.nii"\n', r"are separated by semicolons"),
+        ("a.csv", "volume\treport\na.nii\tHeart, lungs.\n", r"are separated by tabs; separate them by commas"),
         ("a.txt", "", r"a manifest is a \.csv, \.jsonl or \.parquet file"),
     ],
 )
 def test_wrong_syntax_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "volume,report\na.nii,Der Herzschatten ist normal groß.\n"),
+        ("a.jsonl", '{"volume": "a.nii", "report": "Der Herzschatten ist normal groß."}\n'),
+    ],
+)
+def test_other_encodings_are_refused(tmp_path, name, content, encoding):
+    (tmp_path / name).write_text(content, encoding=encoding)
+    with pytest.raises(ManifestError, match=rf"{name}: is not UTF-8; save it as UTF-8"):
         read_manifest(tmp_path / name)
 
 

@@ -15,22 +15,24 @@ one that would train or score a wrong model. Opening the volumes is left to the 
 | `rescale` | JSON `[slope, intercept]` for a file whose own header lacks its rescale; used after the header's |
 | `key` | name of the prepared volume in a store; `examples/prepare_dataset.py` fills it |
 
-Rows are numbered from 1, the header of a CSV not counted."""
+Rows are numbered from 1, the header of a CSV not counted. CSV and JSONL are UTF-8. NaN is an empty cell."""
 
 import difflib
 import json
 import math
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .manifest_files import COLUMNS, LABEL_PREFIX, ManifestError, read_records
+from .manifest_files import COLUMNS, LABEL_PREFIX, LABEL_VALUES, ManifestError, plain_value, read_records
 
 Sections = Literal["both", "findings", "impression"]
 
-_LABEL_VALUES = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "none": None, "nan": None}
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on all usual file systems
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class ManifestRow:
         volume (`Path`): the file or DICOM folder, ready to be opened.
         report (`str`): the text to train on, after the choice of sections; empty if the manifest may lack reports.
         patient_id, study_id (`str`): identities; derived from the volume's path where the manifest names none.
-        reconstruction (`str`, *optional*): as in the manifest.
+        reconstruction (`str`, *optional*): as in the manifest. These three are in Unicode's composed form (NFC), in
+            which the same id is the same text.
         split (`str`): as in the manifest, `"train"` where it names none.
         labels (`dict[str, int | None]`): finding -> 1, 0 or unknown.
         masks (`dict[str, Path]`): name -> mask file; a single path is called `"mask"`.
@@ -182,14 +185,22 @@ def _check_columns(path: Path, columns: list[str]) -> list[str]:
         raise ManifestError(f"{path}: column {repeated[0]!r} stands twice; rename or remove one")
     unread = [name for name in columns if name not in COLUMNS and not name.startswith(LABEL_PREFIX)]
     for name in unread:
-        nearest = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.75)
-        if nearest and nearest[0] not in columns:
-            raise ManifestError(f"{path}: unknown column {name!r}; rename it to {nearest[0]!r}")
+        meant = _meant_column(name.lower())
+        if meant and meant not in columns:
+            raise ManifestError(f"{path}: unknown column {name!r}; rename it to {meant!r}")
     if columns and "volume" not in columns:
         raise ManifestError(
             f"{path}: no column 'volume'; name the column of volume paths so (found {', '.join(map(repr, columns))})"
         )
     return [f"columns that are not read: {', '.join(unread)}"] if unread else []
+
+
+def _meant_column(name: str) -> str | None:
+    """The column that a misspelt name is near to, word by word: `patient_age` is no misspelt `patient_id`."""
+    for column in difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.75):
+        if all(difflib.get_close_matches(word, column.split("_"), cutoff=0.75) for word in name.split("_")):
+            return column
+    return None
 
 
 def parse_row(path: Path, number: int, record: dict[str, Any], sections: Sections = "both") -> ManifestRow:
@@ -198,19 +209,20 @@ def parse_row(path: Path, number: int, record: dict[str, Any], sections: Section
     volume = _text(record.get("volume"))
     if not volume:
         raise ManifestError(f"{where} names no volume; fill its 'volume' cell or remove the row")
-    study_id = _text(record.get("study_id"))
-    patient_id = _text(record.get("patient_id"))
+    study_id = _identity(record.get("study_id"))
+    patient_id = _identity(record.get("patient_id"))
     masks = _json_object(where, "masks", record.get("masks"), bare_name="mask")
     return ManifestRow(
         number=number,
-        volume=path.parent / volume,
+        volume=_path(where, "volume", path.parent, volume),
         report=_report(record, sections),
         patient_id=patient_id or study_id or volume,
         study_id=f"{patient_id}/{study_id}" if patient_id and study_id else study_id or volume,
-        reconstruction=_text(record.get("reconstruction")) or None,
+        reconstruction=_identity(record.get("reconstruction")) or None,
         split=_text(record.get("split")) or "train",
         labels=_labels(where, record),
-        masks={name: path.parent / _text(mask) for name, mask in masks.items()},
+        # An Arrow struct, and a table turned into JSON, give every row every name.
+        masks={name: _path(where, "masks", path.parent, _text(mask)) for name, mask in masks.items() if _text(mask)},
         rescale=_rescale(where, record.get("rescale")),
         key=_text(record.get("key")) or None,
         full_report=_report(record, "both"),
@@ -219,6 +231,23 @@ def parse_row(path: Path, number: int, record: dict[str, Any], sections: Section
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
+
+
+def _identity(value: Any) -> str:
+    return unicodedata.normalize("NFC", _text(value))
+
+
+def _path(where: str, column: str, folder: Path, text: str) -> Path:
+    """The path that a cell names; raises, without repeating it, where it is a text that can name no file."""
+    path = folder / text
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        encoded = b"\0"
+    names = encoded.split(os.fsencode(os.sep))
+    if b"\0" in encoded or b"\n" in encoded or len(encoded) > _LONGEST_PATH or max(map(len, names)) > _LONGEST_NAME:
+        raise ManifestError(f"{where}: its {column!r} cell holds a text that is no path; write a file's path there")
+    return path
 
 
 def _report(record: dict[str, Any], sections: Sections) -> str:
@@ -238,7 +267,7 @@ def _json_object(where: str, column: str, value: Any, bare_name: str | None = No
     if bare_name is not None and not text.startswith("{"):
         return {bare_name: text}
     try:
-        parsed = json.loads(text)
+        parsed = plain_value(json.loads(text))
     except json.JSONDecodeError:
         parsed = None
     if not isinstance(parsed, dict):
@@ -254,9 +283,9 @@ def _labels(where: str, record: dict[str, Any]) -> dict[str, int | None]:
     parsed = {}
     for name, value in labels.items():
         key = _text(value).lower()
-        if key not in _LABEL_VALUES:
+        if key not in LABEL_VALUES:
             raise ManifestError(f"{where}: label {name!r} is {value!r}; write 1, 0 or nothing (unknown)")
-        parsed[name] = _LABEL_VALUES[key]
+        parsed[name] = LABEL_VALUES[key]
     return parsed
 
 

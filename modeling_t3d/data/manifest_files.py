@@ -6,9 +6,10 @@ import csv
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 COLUMNS = (
     "volume",
@@ -25,8 +26,11 @@ COLUMNS = (
     "key",
 )
 LABEL_PREFIX = "label:"
+# What a label's cell says, in lower case; `None` is unknown.
+LABEL_VALUES = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "none": None, "nan": None}
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _NESTED = ("labels", "masks", "rescale")  # written as JSON in every format: one way to read them back
+_SEPARATORS = {";": "semicolons", "\t": "tabs"}  # that spreadsheets write instead of commas
 _LONGEST_CELL = 1 << 24  # characters; a report with its history passes the 131,072 that the csv module allows
 
 
@@ -47,16 +51,58 @@ def read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
         raise ManifestError(f"{path}: no such manifest; give the path of a .csv, .jsonl or .parquet file")
     if path.suffix not in readers:
         raise ManifestError(f"{path}: a manifest is a .csv, .jsonl or .parquet file")
-    return readers[path.suffix](path)
+    records, columns = readers[path.suffix](path)
+    return [(number, plain_value(record)) for number, record in records], columns
+
+
+def plain_value(value: Any) -> Any:
+    """
+    A value as every format gives it: NaN, a number or a text, is `None`, and a whole number is an `int`, because
+    pandas writes the ids of a column that has gaps as 12.0 and NaN. The values of a `dict` become so too.
+
+    Example:
+
+    ```python
+    >>> from modeling_t3d.data.manifest_files import plain_value
+
+    >>> plain_value({"patient_id": 12.0, "study_id": float("nan"), "split": "train"})
+    {'patient_id': 12, 'study_id': None, 'split': 'train'}
+
+    ```"""
+    if isinstance(value, dict):
+        return {name: plain_value(entry) for name, entry in value.items()}
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None if str(value).strip() in ("nan", "NaN") else value
+
+
+@contextmanager
+def open_text(path: Path, error: type[ValueError], newline: str | None = None) -> Iterator[TextIO]:
+    """
+    A text file in UTF-8, opened for reading, with or without a byte order mark.
+
+    Args:
+        path (`Path`): the file.
+        error (type of `ValueError`): raised where the text turns out to be in another encoding; it names the file.
+        newline (`str`, *optional*): as `open` takes it.
+    """
+    try:
+        with path.open(newline=newline, encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError:
+        raise error(f"{path}: is not UTF-8; save it as UTF-8") from None
 
 
 def _read_csv(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
     csv.field_size_limit(_LONGEST_CELL)
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with open_text(path, ManifestError, newline="") as file:
+        if separator := _other_separator(file.readline()):
+            raise ManifestError(f"{path}: its columns are separated by {separator}; separate them by commas")
+        file.seek(0)
         reader = csv.DictReader(file, strict=True)
-        columns = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = columns
         try:
+            columns = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
             records = list(enumerate(reader, start=1))
         except csv.Error as error:
             raise ManifestError(f"{path}: line {reader.line_num}: {error}; quote texts that hold quotes") from None
@@ -68,9 +114,17 @@ def _read_csv(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
     return records, columns
 
 
+def _other_separator(header: str) -> str | None:
+    """What stands between the column names of a header, if it is not the comma."""
+    for mark, name in _SEPARATORS.items():
+        if mark in header and "volume" in [cell.strip().strip('"') for cell in header.split(mark)]:
+            return name
+    return None
+
+
 def _read_jsonl(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
     records = []
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path, ManifestError) as file:
         for number, line in enumerate((line for line in file if line.strip()), start=1):
             try:
                 record = json.loads(line)
@@ -104,8 +158,6 @@ def _read_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
         for name, value in record.items():
             if isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):  # an Arrow map
                 record[name] = dict(value)
-        if isinstance(record.get("masks"), dict):  # an Arrow struct gives every row every name
-            record["masks"] = {name: mask for name, mask in record["masks"].items() if mask}
         records.append((number, record))
     return records, table.column_names
 
@@ -172,7 +224,7 @@ def _plain(record: dict[str, Any], columns: list[str], folder: Path) -> dict[str
     """A record whose values are texts, or `None` where there is nothing to say."""
     plain: dict[str, str | None] = {}
     for name in columns:
-        value = record.get(name)
+        value = plain_value(record.get(name))
         if name == "masks" and isinstance(value, dict):
             value = {mask: _place(file, folder) for mask, file in value.items()}
         if name in _NESTED and isinstance(value, dict | list | tuple):
@@ -194,4 +246,15 @@ def relative_to(path: str | Path, folder: Path) -> str:
     return absolute.relative_to(inside).as_posix() if absolute.is_relative_to(inside) else str(absolute)
 
 
-__all__ = ["COLUMNS", "LABEL_PREFIX", "SUFFIXES", "ManifestError", "read_records", "relative_to", "write_records"]
+__all__ = [
+    "COLUMNS",
+    "LABEL_PREFIX",
+    "LABEL_VALUES",
+    "SUFFIXES",
+    "ManifestError",
+    "open_text",
+    "plain_value",
+    "read_records",
+    "relative_to",
+    "write_records",
+]

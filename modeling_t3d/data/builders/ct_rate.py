@@ -15,11 +15,12 @@ A name is patient (`train_1`), study (`train_1_a`) and reconstruction (`1`). Hea
 metadata table gives; headers of v2 are right, and applying the table once more makes them wrong (CT-CLIP, issue 50).
 """
 
+import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..manifest_files import LABEL_VALUES, open_text
 from .release import LayoutError, Release, find_table, read_table
 
 SOURCE = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
@@ -93,8 +94,8 @@ def _add_split(release: Release, root: Path, split: _Split, version: str, csv_re
     rescales = _rescales(root, split) if csv_rescale else {}
     elsewhere = _other_regions(root, split)
     volumes = root / _volumes(split, version)
-    absent = excluded = 0
-    named = set()
+    absent = excluded = repeated = 0
+    named: set[str] = set()
     for row in read_table(reports, ["VolumeName", "Findings_EN", "Impressions_EN"]):
         name = row["VolumeName"].strip()
         parts = _NAME.fullmatch(name)
@@ -103,8 +104,9 @@ def _add_split(release: Release, root: Path, split: _Split, version: str, csv_re
                 f"{reports}: VolumeName {name!r} is not of the form train_1_a_1.nii.gz; download it again"
             )
         path = volumes / parts["patient"] / parts["study"] / name
-        named.add(name)
-        if name in elsewhere:
+        if name in named:
+            repeated += 1
+        elif name in elsewhere:
             excluded += 1
         elif not path.is_file():
             absent += 1
@@ -122,41 +124,54 @@ def _add_split(release: Release, root: Path, split: _Split, version: str, csv_re
                 "labels": labels.get(name, {}),
             }
             release.records.append(record | ({"rescale": rescales[name]} if csv_rescale else {}))
+        named.add(name)
     release.note(absent, f"reports of the split {split.name} have no volume here and were left out")
     release.note(excluded, f"volumes of the split {split.name} show no chest and were left out")
+    release.note(
+        repeated, f"reports of the split {split.name} name a volume that an earlier row names and were left out"
+    )
     unnamed = sum(path.name not in named for path in volumes.glob("*/*/*.nii.gz"))
     release.note(unnamed, f"volumes of the split {split.name} have no report and were left out")
 
 
-def _labels(release: Release, root: Path, split: _Split) -> dict[str, dict[str, int]]:
+def _labels(release: Release, root: Path, split: _Split) -> dict[str, dict[str, int | None]]:
+    """Findings of every volume: 1, 0, or `None` where the cell is empty or NaN."""
     path = root / "multi_abnormality_labels" / f"{split.folder}_predicted_labels.csv"
     if not path.is_file():
         release.notes.append(f"the split {split.name} has no labels: {path.name} is not there")
         return {}
     found = {}
-    for row in read_table(path, ["VolumeName"]):
+    for number, row in enumerate(read_table(path, ["VolumeName"]), start=1):
         name = row.pop("VolumeName").strip()
-        found[name] = {finding: int(float(value)) for finding, value in row.items() if value.strip()}
+        cells = {finding: value.strip().lower() for finding, value in row.items()}
+        if wrong := [finding for finding, cell in cells.items() if cell not in LABEL_VALUES]:
+            raise LayoutError(f"{path}: row {number}: {wrong[0]!r} is not 1, 0 or empty; download it again")
+        found[name] = {finding: LABEL_VALUES[cell] for finding, cell in cells.items()}
     return found
 
 
 def _rescales(root: Path, split: _Split) -> dict[str, list[float]]:
     path = find_table(root, [f"metadata/{split.table}_metadata.csv"], "slopes and intercepts", SOURCE)
-    rows: Iterator[dict[str, str]] = read_table(path, ["VolumeName", "RescaleSlope", "RescaleIntercept"])
-    return {
-        row["VolumeName"].strip(): [float(row["RescaleSlope"]), float(row["RescaleIntercept"])]
-        for row in rows
-        if row["RescaleSlope"].strip() and row["RescaleIntercept"].strip()
-    }
+    columns = ["RescaleSlope", "RescaleIntercept"]
+    found = {}
+    for number, row in enumerate(read_table(path, ["VolumeName", *columns]), start=1):
+        try:
+            rescale = [float(row[column].strip() or "nan") for column in columns]
+        except ValueError:
+            raise LayoutError(
+                f"{path}: row {number}: {' or '.join(columns)} is no number; download it again"
+            ) from None
+        if not any(map(math.isnan, rescale)):
+            found[row["VolumeName"].strip()] = rescale
+    return found
 
 
 def _other_regions(root: Path, split: _Split) -> set[str]:
     path = root / "metadata" / f"no_chest_{split.folder}.txt"
     if not path.is_file():
         return set()
-    return {
-        line.strip().rsplit("/", 1)[-1] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-    }
+    with open_text(path, LayoutError) as file:
+        return {line.strip().rsplit("/", 1)[-1] for line in file if line.strip()}
 
 
 def _text(text: str) -> str:

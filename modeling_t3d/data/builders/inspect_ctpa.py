@@ -17,12 +17,12 @@ A label is true, false or censored; a censored one is unknown. The table of spli
 from pathlib import Path
 from typing import Any
 
+from ..manifest_files import LABEL_VALUES
 from .release import LayoutError, Release, find_table, read_table
 
 SOURCE = "https://stanfordaimi.azurewebsites.net (INSPECT)"
 _KEY = "impression_id"
-_LABEL_VALUES = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
-_UNKNOWN = ("", "censored", "nan")
+_LABEL_VALUES = {**LABEL_VALUES, "censored": None}
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 _IDENTITIES = {_KEY, "person_id", "image_id", "split"}
 
@@ -103,12 +103,12 @@ def _labels(release: Release, root: Path) -> dict[str, dict[str, int | None]]:
         [
             name
             for name in rows[0]
-            if name not in _IDENTITIES and {row[name].strip().lower() for row in rows} <= {*_LABEL_VALUES, *_UNKNOWN}
+            if name not in _IDENTITIES and {row[name].strip().lower() for row in rows} <= set(_LABEL_VALUES)
         ]
         if rows
         else []
     )
-    return {row[_KEY]: {name: _LABEL_VALUES.get(row[name].strip().lower()) for name in findings} for row in rows}
+    return {row[_KEY]: {name: _LABEL_VALUES[row[name].strip().lower()] for name in findings} for row in rows}
 
 
 __all__ = ["build_inspect"]

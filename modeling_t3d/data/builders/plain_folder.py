@@ -8,18 +8,28 @@ Layout, all of it in one folder or in one folder per patient, and in that one pe
     scan_mask.nii.gz                      a mask of it (optional)
     patient1/study1/lung.nii.gz, patient1/study1/soft.nii.gz, patient1/study1/report.txt
 
-A volume's report has its name; volumes that have none share the `report.txt` of their folder. Headings FINDINGS and
-IMPRESSION split a report into sections. The first folder below the given one names the patient, the folder of a volume
-the study; volumes right in the given folder are patients of their own.
+A volume's report has its name; volumes that have none share the `report.txt` of their folder. Reports are UTF-8;
+headings FINDINGS and IMPRESSION split one into sections, and what stands under equal headings is joined. The first
+folder below the given one names the patient, the folder of a volume the study; volumes right in the given folder are
+patients of their own.
 """
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from ..manifest_files import open_text
 from .release import LayoutError, Release
 
 _SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+# DICOM files may end in anything, the last number of an identifier for one; those of these kinds are never opened.
+_OTHER_SUFFIXES = {
+    *(".txt", ".pdf", ".rtf", ".doc", ".docx", ".htm", ".html", ".xml", ".json", ".jsonl", ".yaml", ".yml"),
+    *(".csv", ".tsv", ".xls", ".xlsx", ".parquet"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".npy", ".npz", ".h5", ".hdf5", ".mat", ".mgz", ".mnc", ".gz", ".zip"),
+}
 _SECTION = re.compile(r"(?:^|\n)[ \t]*(findings?|impressions?)[ \t]*(?::|\n)", re.IGNORECASE)
 
 
@@ -80,9 +90,10 @@ def _find(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
 
 
 def _is_dicom(file: Path) -> bool:
+    """Whether the name or, where it does not tell, the marker after the preamble says so."""
     if file.suffix.lower() in (".dcm", ".dicom", ".ima"):
         return True
-    if file.suffix or file.name.upper() == "DICOMDIR":
+    if file.suffix.lower() in _OTHER_SUFFIXES or file.name.upper() == "DICOMDIR":
         return False
     with file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
@@ -107,10 +118,13 @@ def _within(file: Path, volumes: list[Path]) -> bool:
 
 
 def _sections(file: Path) -> dict[str, str]:
-    text = file.read_text(encoding="utf-8-sig", errors="replace").strip()
+    with open_text(file, LayoutError) as stream:
+        text = stream.read().strip()
     parts = _SECTION.split(f"\n{text}")
-    sections = {name.lower().rstrip("s"): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-    found = {"findings": sections.get("finding", ""), "impression": sections.get("impression", "")}
+    sections: dict[str, list[str]] = defaultdict(list)
+    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
+        sections[heading.lower().rstrip("s")].append(body.strip())
+    found = {name: "\n".join(filter(None, sections[name.rstrip("s")])) for name in ("findings", "impression")}
     return {name: body for name, body in found.items() if body} or {"report": text}
 
 

@@ -98,13 +98,15 @@ def build_rad_chestct(folder: Path) -> Release:
                     f"{path}: NoteAcc_DEID {note} stands in two of the label tables; download them again"
                 )
             labels[note] = split, findings
-    absent = unlabelled = 0
+    absent = unlabelled = repeated = 0
     used = set()
     for row in read_table(metadata, ["NoteAcc_DEID", "VolumeAcc_DEID", "MRN_DEID"]):
         volume_name = f"{row['VolumeAcc_DEID'].strip().removesuffix('.npz')}.npz"
         note = row["NoteAcc_DEID"].strip()
         if volume_name not in volumes:
             absent += 1
+        elif volume_name in used:
+            repeated += 1
         elif note not in labels:
             unlabelled += 1
             used.add(volume_name)
@@ -121,6 +123,7 @@ def build_rad_chestct(folder: Path) -> Release:
             release.records.append(record)
     release.note(absent, "scans of the metadata table have no volume here and were left out")
     release.note(unlabelled, "volumes have no labels and were left out")
+    release.note(repeated, "rows of the metadata table name a volume that an earlier row names and were left out")
     release.note(len(volumes) - len(used), "volumes are not named in the metadata table and were left out")
     if not release.records:
         raise LayoutError(f"{folder}: no volume of the metadata table is there; download the .npz files from {SOURCE}")

@@ -5,10 +5,13 @@
 import csv
 import hashlib
 import itertools
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..manifest_files import open_text
 
 # A report with its history passes the 131,072 characters that the csv module allows.
 _LONGEST_CELL = 1 << 24
@@ -56,7 +59,7 @@ def find_table(folder: Path, patterns: Sequence[str], contents: str, source: str
 
 def read_table(path: Path, columns: Sequence[str], *, delimiter: str | None = None) -> Iterator[dict[str, str]]:
     """
-    Rows of a CSV or TSV file of a release.
+    Rows of a CSV or TSV file of a release, which is UTF-8; blank lines are passed over.
 
     Args:
         path (`Path`): the file; a `.tsv` is split at tabs.
@@ -74,15 +77,10 @@ def read_wide_table(
     """Header and rows of a table as lists, for tables of thousands of columns; see `read_table`."""
     csv.field_size_limit(_LONGEST_CELL)
     delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
-    try:
-        file = path.open(newline="", encoding="utf-8-sig")
-    except OSError as error:
-        raise LayoutError(f"{path}: cannot be opened ({error.strerror}); download it again") from None
-    reader = csv.reader(file, delimiter=delimiter)
-    header = [name.strip() for name in next(reader, [])]
+    lines = _lines(path, delimiter)
+    header = [name.strip() for name in next(lines, [])]
     for name in columns:
         if name not in header:
-            file.close()
             found = ", ".join(header[:12]) + (", ..." if len(header) > 12 else "")
             raise LayoutError(
                 f"{path}: no column {name!r} (found {found or 'an empty file'}); this is another version of the "
@@ -90,15 +88,25 @@ def read_wide_table(
             )
 
     def rows() -> Iterator[list[str]]:
-        with file:
-            for number, row in enumerate(reader, start=1):
-                if len(row) != len(header):
-                    raise LayoutError(
-                        f"{path}: row {number} has {len(row)} cells instead of {len(header)}; download it again"
-                    )
-                yield row
+        for number, row in enumerate(lines, start=1):
+            if len(row) != len(header):
+                raise LayoutError(
+                    f"{path}: row {number} has {len(row)} cells instead of {len(header)}; download it again"
+                )
+            yield row
 
     return header, rows()
+
+
+def _lines(path: Path, delimiter: str) -> Iterator[list[str]]:
+    """The header and rows as they stand, without blank lines; the file is closed with the iterator."""
+    try:
+        with open_text(path, LayoutError, newline="") as file:
+            yield from filter(None, csv.reader(file, delimiter=delimiter))
+    except OSError as error:
+        raise LayoutError(f"{path}: cannot be read ({error.strerror}); download it again") from None
+    except csv.Error as error:
+        raise LayoutError(f"{path}: is no table ({error}); download it again") from None
 
 
 def assign_splits(records: list[dict[str, Any]], shares: Mapping[str, float], seed: int = 0) -> None:
@@ -129,7 +137,9 @@ def assign_splits(records: list[dict[str, Any]], shares: Mapping[str, float], se
         if record.get("split"):
             continue
         person = record.get("patient_id") or record.get("study_id") or record["volume"]
-        digest = hashlib.blake2b(f"{seed}\0{person}".encode(), digest_size=8).digest()
+        # One patient has one form of an id (see ManifestRow), and so one split, whatever system wrote it.
+        text = unicodedata.normalize("NFC", f"{seed}\0{person}")
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64
         ends = itertools.accumulate(shares.values())
         last = list(shares)[-1]  # the sum of the shares may end a rounding error below 1
