@@ -17,30 +17,25 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from modeling_t3d import (
-    T3DConfig,
-    T3DForImageClassification,
-    T3DForPreTraining,
-    T3DImageProcessor,
-    T3DProcessor,
-    read_volume,
-)
+from modeling_t3d import T3DConfig, T3DForImageClassification, T3DForPreTraining, T3DImageProcessor, T3DProcessor
 from modeling_t3d.data.caption_masks import MaskCaptioner, read_label_names
 from modeling_t3d.data.captions import write_captions
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS, phantom_seeds, write_phantoms
+from modeling_t3d.data.sources import read_row
 from modeling_t3d.evaluation.classification import labelled_shortcuts
 from modeling_t3d.evaluation.encoding import embed_samples, evaluation_mode, evaluation_samples, label_row
 from modeling_t3d.evaluation.findings import to_units
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained
 from modeling_t3d.evaluation.probes import probe_findings
 from modeling_t3d.evaluation.protocol import processor_name
-from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, logit_scale_of, zero_shot_scores
+from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, logit_scale_of, zero_shot_logits
 from modeling_t3d.presets_t3d import NUM_LOCAL_VIEWS, OBJECTIVES
 from modeling_t3d.training.arguments import PretrainingConfiguration, load_configuration
 from modeling_t3d.training.checkpoints import write_text_atomically
 from modeling_t3d.training.trainer import T3DTrainer
+from modeling_t3d.volume_io_t3d import read_label_map
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
 LABEL_NAMES = Path(__file__).with_name("label_names") / "phantoms.json"
@@ -262,12 +257,16 @@ def train_classifier(settings: PretrainingConfiguration, train: PretrainingDatas
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def scored(scores: np.ndarray, dataset: PretrainingDataset) -> dict[str, Any]:
-    """Scores per study with labels and patients, as a result file keeps them: intervals over seeds need them all."""
+def scored(log_odds: np.ndarray, dataset: PretrainingDataset) -> dict[str, Any]:
+    """Scores per study with labels and patients, as a result file keeps them: intervals over seeds need them all.
+
+    Scores are log-odds, which rank where probabilities round to 1; the files of earlier commits hold probabilities, of
+    which the table reads the ranks alone.
+    """
     rows = dataset.rows
     labels = np.array([label_row(row.labels, FINDING_NAMES) for row in rows])
     scores, labels, patients = to_units(
-        scores, labels, [row.study_id for row in rows], [row.patient_id for row in rows], "study"
+        log_odds, labels, [row.study_id for row in rows], [row.patient_id for row in rows], "study"
     )
     # Seven digits are what float32 holds, and make files that are small enough to keep beside the table.
     digits = [[float(f"{score:.7g}") for score in row] for row in scores]
@@ -283,21 +282,23 @@ def measure_pretrained(settings: PretrainingConfiguration, views: int | str | No
         load_splits(settings, processor.image_processor),
         settings.training.per_device_train_batch_size,
     )
-    views = processor.image_processor.num_local_views if views is None else views
+    if views is None:
+        views = processor.image_processor.num_local_views or None
     positive, negative = encode_prompt_pairs(model, processor.tokenizer, EVALUATION_PROMPTS)
     measured: dict[str, Any] = {}
     for name in ("validation", "test"):
         samples = evaluation_samples(splits[name], views=None if model.config.view_fusion == "global" else views)
         embeds = embed_samples(model, processor, samples, batch_size=batch_size, with_reports=False).image_embeds
-        scores = zero_shot_scores(torch.from_numpy(embeds), positive, negative, logit_scale_of(model))
-        measured[name] = scored(scores.numpy(), splits[name])
+        logits = zero_shot_logits(torch.from_numpy(embeds), positive, negative, logit_scale_of(model))
+        measured[name] = scored(logits.numpy(), splits[name])
     results = evaluate_pretrained(
         model,
         processor,
         splits["test"],
         EVALUATION_PROMPTS,
         collator=PretrainingCollator(processor),
-        read_volume=read_volume,
+        read_row=read_row,
+        read_label_map=read_label_map,
         lesion_values={name: FINDINGS[name].index for name in GROUPS["focal"]},
         organ_values=ORGANS,
         groups=GROUPS,
@@ -325,7 +326,7 @@ def measure_classifier(settings: PretrainingConfiguration) -> dict[str, Any]:
 def measure_shortcuts(settings: PretrainingConfiguration) -> dict[str, Any]:
     """A linear model on headers and the global histogram, scored on both held-out splits."""
     splits = load_splits(settings, T3DImageProcessor(**settings.image_processor))
-    features = {name: labelled_shortcuts(part.rows, FINDING_NAMES, read_volume) for name, part in splits.items()}
+    features = {name: labelled_shortcuts(part.rows, FINDING_NAMES, read_row) for name, part in splits.items()}
     known = features.pop("train")
     measured = {}
     for name, unseen in features.items():

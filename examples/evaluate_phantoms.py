@@ -12,11 +12,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from modeling_t3d import T3DForPreTraining, T3DProcessor, Volume, read_volume
+from modeling_t3d import T3DForPreTraining, T3DProcessor, Volume
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS
+from modeling_t3d.data.sources import read_row
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained, plot_case
+from modeling_t3d.volume_io_t3d import read_label_map
 
 GROUPS = {
     extent: [name for name, spec in FINDINGS.items() if spec.extent == extent] for extent in ("diffuse", "focal")
@@ -44,7 +46,7 @@ def load_splits(
 def draw_case(model: T3DForPreTraining, processor: T3DProcessor, test: PretrainingDataset, path: Path) -> Path:
     """Slices of the first test phantom with an effusion, and where the words look."""
     index = next(index for index, row in enumerate(test.rows) if row.labels[PICTURED] and row.masks)
-    label_map = read_volume(test.rows[index].masks["lesions"])
+    label_map = read_label_map(test.rows[index].masks["lesions"])
     lesion = Volume(label_map.array == FINDINGS[PICTURED].index, label_map.affine)
     text = EVALUATION_PROMPTS[PICTURED][0][0]
     return plot_case(model, processor, test.prepared(index), text, path, lesion=lesion)
@@ -73,7 +75,8 @@ def main() -> None:
         validation=splits["validation"],
         collator=PretrainingCollator(processor),
         batch_size=32,
-        read_volume=read_volume,
+        read_row=read_row,
+        read_label_map=read_label_map,
         lesion_values={name: FINDINGS[name].index for name in GROUPS["focal"]},
         organ_values=ORGANS,
         groups=GROUPS,

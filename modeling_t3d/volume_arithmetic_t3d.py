@@ -48,14 +48,17 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return values
 
 
-def _shift_lines(array: np.ndarray, along: int, by: int, voxels: float, fill: float) -> tuple[np.ndarray, float]:
-    """Move the lines along one axis by `voxels` per index of axis `by` (linear interpolation); also the new start."""
+def _shift_lines(
+    array: np.ndarray, along: int, by: int, voxels: float, fill: float, whole: bool
+) -> tuple[np.ndarray, float]:
+    """Move the lines along one axis by `voxels` per index of axis `by`, linearly interpolated, or by the nearest
+    `whole` number of voxels; also the new start."""
     moved = np.moveaxis(array, (by, along), (0, 2))
     shifts = voxels * np.arange(moved.shape[0])
     first = math.floor(min(0.0, shifts[-1]))
     size = math.ceil(max(0.0, shifts[-1])) - first + moved.shape[2]
     result = np.full((*moved.shape[:2], size), fill, dtype=array.dtype)
-    for plane, target, shift in zip(moved, result, shifts, strict=True):
+    for plane, target, shift in zip(moved, result, np.floor(shifts + 0.5) if whole else shifts, strict=True):
         start = math.floor(shift)
         weight = np.float32(shift - start)
         position = start - first
@@ -73,12 +76,17 @@ def shear_note(affine: np.ndarray) -> str:
     return f"axes {math.degrees(math.asin(min(1.0, shear(affine)))):.1f} degrees off a right angle: resampled"
 
 
-def remove_shear(volume: Volume) -> Volume:
+def remove_shear(volume: Volume, *, labels: bool = False) -> Volume:
     """Resample a sheared volume (gantry tilt) to a right-angled grid; a right-angled volume is returned as it is.
 
     The two axes nearest to a right angle (the slice planes) stay, and each slice is moved within its own plane by
     linear interpolation, so nothing is interpolated between slices. New voxels outside the slices take the volume's
     minimum. The voxel size across slices becomes their perpendicular distance.
+
+    Args:
+        volume: any axis order.
+        labels: whether the values are labels, whose mean is another label: each voxel keeps the nearest one, and new
+            voxels are background (0).
     """
     if not volume.is_sheared:
         return volume
@@ -86,11 +94,11 @@ def remove_shear(volume: Volume) -> Volume:
     sizes = np.diag(upper)
     check_spacing(sizes.tolist())
     array, origin = volume.array, volume.affine[:3, 3].copy()
-    fill = array.min().item()
+    fill = 0 if labels else array.min().item()
     for row, column in ((0, 1), (0, 2), (1, 2)):
         voxels = upper[row, column] / sizes[row]
         if abs(voxels) > 1e-6:
-            array, start = _shift_lines(array, order[row], order[column], voxels, fill)
+            array, start = _shift_lines(array, order[row], order[column], voxels, fill, labels)
             origin += rotation[:, row] * sizes[row] * start
     affine = np.eye(4)
     affine[:3, order] = rotation * sizes

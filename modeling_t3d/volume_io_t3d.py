@@ -36,6 +36,8 @@ from .volume_itk_t3d import LPS_TO_RAS, from_simple_itk, read_itk
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima", "")
+_LABEL_TOLERANCE = 1e-3  # by which a header's rescale may move a whole number
+_LARGEST_LABEL = 1 << 24  # float32, as which what is no integer is read, holds every whole number up to here
 
 
 def read_volume(
@@ -67,6 +69,34 @@ def read_volume(
     opened = open_volume(path, series=series, time_index=time_index, resample=resample)
     with naming(os.fspath(path)):
         return remove_shear(opened if isinstance(opened, Volume) else opened.read())
+
+
+def read_label_map(path: str | os.PathLike) -> Volume:
+    """Read one label map or mask from disk, in any format of `read_volume`; values are integers (int16 or int32).
+
+    A sheared grid (gantry tilt) is brought to right angles by the nearest voxel: interpolation, as `read_volume` does
+    it, would invent labels that the file does not hold. Slightly uneven slices of a DICOM series are interpolated
+    even so; `warnings` says it.
+
+    Args:
+        path: file or folder.
+
+    Raises:
+        VolumeReadError: as `read_volume`; or the values are no whole numbers.
+    """
+    opened = open_volume(path)
+    with naming(os.fspath(path)):
+        volume = opened if isinstance(opened, Volume) else opened.read()
+        if volume.array.dtype.kind == "f":
+            whole = np.rint(volume.array)
+            near = np.isclose(volume.array, whole, rtol=0.0, atol=_LABEL_TOLERANCE)
+            if not (near & (np.abs(whole) <= _LARGEST_LABEL)).all():
+                raise VolumeError(
+                    f"a label map holds whole numbers up to {_LARGEST_LABEL:,}, and this file other values; threshold "
+                    "probabilities, or name the file of the labels"
+                )
+            volume = replace(volume, array=whole.astype(np.int32))
+        return remove_shear(volume, labels=True)
 
 
 def open_volume(
@@ -388,6 +418,7 @@ __all__ = [
     "naming",
     "open_volume",
     "read_acquisition",
+    "read_label_map",
     "read_volume",
     "remove_shear",
     "to_volume",

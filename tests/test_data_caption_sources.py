@@ -7,6 +7,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -113,6 +114,19 @@ def test_large_structures_lie_on_both_sides_or_near_the_midline(tmp_path):
     ]
 
 
+def test_a_tilted_label_map_holds_no_other_structures_than_the_file(tmp_path):
+    """Interpolated labels lie between those of neighbours, and have names of their own."""
+    labels = np.zeros((40, 40, 20), dtype=np.uint8)
+    labels[10:30, 10:30, 4:16] = 10
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[1, 2] = -1.0
+    nibabel.save(nibabel.Nifti1Image(labels, affine), tmp_path / "organs.nii.gz")
+    row = row_of(tmp_path, masks={"organs": tmp_path / "organs.nii.gz"})
+    every = MaskCaptioner({"organs": {value: f"organ {value}" for value in range(1, 20)}})(row, {})
+    assert every == "Organ 10 of 58 ml, on both sides, in the middle third of the scan."
+    assert MaskCaptioner()(row, {}).startswith("Organs of 58 ml")
+
+
 def test_a_binary_mask_needs_no_names(maps, tmp_path):
     masks = write_maps(tmp_path, {"kidney_cyst_left": maps["lesions"]})
     assert MaskCaptioner()(row_of(tmp_path, masks=masks), {}).startswith("Left kidney cyst of 0.064 ml, 4.0 mm across")
@@ -203,6 +217,12 @@ def test_metadata_of_a_manifest_is_numbers_and_words_of_lists(tmp_path):
     assert MetadataCaptioner()(row, {}).startswith("Scan. 4 slices")
 
 
+def test_metadata_of_an_array_of_rad_chestct(tmp_path):
+    np.savez_compressed(tmp_path / "trn00001.npz", ct=np.zeros((5, 6, 7), dtype=np.int16))
+    caption = MetadataCaptioner()(row_of(tmp_path / "trn00001.npz"), {"modality": "CT"})
+    assert caption.startswith("Computed tomography. 5 slices 0.8 mm apart")
+
+
 def test_metadata_of_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(CaptionError, match=r"row 3: .*missing\.nii\.gz: no such file"):
         MetadataCaptioner()(row_of(tmp_path / "missing.nii.gz", 3), {})
@@ -273,6 +293,18 @@ def test_slices_are_shown_as_radiologists_see_them(captioner_folder):
     values = np.linspace(5, 9, 100, dtype=np.float32).reshape(1, 10, 10)
     (picture,) = free.slices(values)
     assert (picture.min(), picture.max()) == (0, 255)
+
+
+def test_slices_are_shown_in_the_units_of_the_manifest(captioner_folder, tmp_path, monkeypatch):
+    source, shown = SliceCaptioner.from_pretrained(captioner_folder), []
+    monkeypatch.setattr(source, "describe", lambda pictures: shown.append(pictures) or ["text"])
+    array = np.linspace(-160, 240, 8 * 6 * 6).reshape(8, 6, 6).astype(np.int16)
+    write_nifti(to_volume(array + 1024, spacing=(2, 1, 1), axes="SAR"), tmp_path / "offset.nii.gz")
+    np.savez_compressed(tmp_path / "array.npz", ct=array[::-1, ::-1, ::-1])  # axes IPL
+    source(row_of(tmp_path / "offset.nii.gz", rescale=(1.0, -1024.0)), {})
+    source(row_of(tmp_path / "array.npz"), {})
+    for pictures in shown:
+        np.testing.assert_array_equal(pictures, source.slices(array))
 
 
 def test_repetitions_are_told_once(captioner_folder, tmp_path, monkeypatch):

@@ -8,8 +8,11 @@ import pytest
 from modeling_t3d.evaluation.findings import (
     choose_threshold,
     choose_thresholds,
+    mean_over_studies,
     score_findings,
+    sigmoid,
     threshold_metrics,
+    to_units,
 )
 from modeling_t3d.evaluation.statistics import area_under_roc
 
@@ -117,6 +120,33 @@ def test_without_resamples_there_is_no_interval():
     _, _, table = example_table(num_resamples=0)
     assert np.isnan(table.groups["macro"].auroc.low)
     assert not np.isnan(table.groups["macro"].auroc.value)
+
+
+def test_studies_are_ranked_by_their_mean_probability_without_ties():
+    log_odds = np.random.default_rng(0).normal(0.0, 3.0, (30, 2))
+    studies, patients = [f"s{row // 3}" for row in range(30)], [f"p{row // 6}" for row in range(30)]
+    labels = np.zeros((30, 2))
+    units, known, of_units = to_units(log_odds, labels, studies, patients, "study")
+    means, _, first = mean_over_studies(sigmoid(log_odds), labels, studies)
+    np.testing.assert_allclose(sigmoid(units), means, rtol=1e-12)
+    assert known.shape == (10, 2)
+    assert of_units == [patients[row] for row in first]
+    # All of these are probabilities of 1, and their means too.
+    confident = np.array([[50.0], [60.0], [50.0], [61.0], [180.0], [200.0]])
+    units, *_ = to_units(confident, np.ones((6, 1)), ["a", "a", "b", "b", "c", "c"], list("aabbcc"), "study")
+    assert (sigmoid(units) == 1.0).all()
+    assert (np.diff(units[:, 0]) > 0).all()
+    alone, *_ = to_units(confident, np.ones((6, 1)), list("abcdef"), list("abcdef"), "study")
+    np.testing.assert_allclose(alone, confident, rtol=1e-12)
+
+
+def test_thresholds_are_compared_with_probabilities_where_they_are_given():
+    labels, log_odds = np.array([[0.0], [0.0], [1.0], [1.0]]), np.array([[-1.0], [0.2], [0.1], [2.0]])
+    settings = {"thresholds": {"a": 0.54}, "num_resamples": 0}
+    table = score_findings(labels, log_odds, ["a"], list("pqrs"), probabilities=sigmoid(log_odds), **settings)
+    assert table.auroc("a") == 0.75
+    assert table.findings[0].at_threshold == threshold_metrics(labels[:, 0], sigmoid(log_odds)[:, 0], 0.54)
+    assert table.findings[0].at_threshold.sensitivity == 0.5
 
 
 def test_groups_of_unknown_findings_are_refused():

@@ -21,6 +21,7 @@ from modeling_t3d.data.phantoms import (
     train_phantom_tokenizer,
     write_phantoms,
 )
+from modeling_t3d.data.sources import read_row
 from modeling_t3d.evaluation.classification import (
     LabelledFeatures,
     evaluate_classifier,
@@ -36,7 +37,7 @@ from modeling_t3d.geometry_t3d import Volume
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 from modeling_t3d.modeling_t3d import T3DForImageClassification
-from modeling_t3d.volume_io_t3d import read_volume
+from modeling_t3d.volume_io_t3d import read_label_map, to_volume, write_nifti
 
 GROUPS = {
     extent: [name for name, finding in FINDINGS.items() if finding.extent == extent] for extent in ("diffuse", "focal")
@@ -55,6 +56,7 @@ def study(tmp_path_factory) -> SimpleNamespace:
     processor = SimpleNamespace(
         image_processor=image_processor,
         tokenizer=train_phantom_tokenizer([row.report for row in manifest.rows], vocab_size=300),
+        max_report_tokens=128,
     )
     processor.tokenizer.model_max_length = 256
     torch.manual_seed(0)
@@ -63,7 +65,7 @@ def study(tmp_path_factory) -> SimpleNamespace:
         train=PretrainingDataset(manifest.split("train"), image_processor),
         test=PretrainingDataset(manifest.split("test"), image_processor),
         model=T3DForPreTraining(T3DConfig.from_preset("tiny")),
-        collator=PretrainingCollator(processor, max_report_tokens=128),
+        collator=PretrainingCollator(processor),
     )
 
 
@@ -76,7 +78,8 @@ def test_everything_is_measured_and_written(study, tmp_path):
         train=study.train,
         validation=study.train,
         collator=study.collator,
-        read_volume=read_volume,
+        read_row=read_row,
+        read_label_map=read_label_map,
         lesion_values={name: finding.index for name, finding in FINDINGS.items()},
         organ_values=ORGANS,
         groups=GROUPS,
@@ -133,7 +136,7 @@ def test_leak_batches_are_full(study):
 def test_lesions_of_a_label_map_lie_where_the_volume_shows_them(study):
     """The grid covers the volume, so no lesion is outside every view, and boxes tile the mask."""
     values = {name: FINDINGS[name].index for name in GROUPS["diffuse"]}
-    cases = list(localisation_cases(study.test, read_volume, values))
+    cases = list(localisation_cases(study.test, read_label_map, values))
     assert cases
     for case in cases:
         for finding, mask in case["lesions"].items():
@@ -148,7 +151,7 @@ def test_lesions_of_a_label_map_lie_where_the_volume_shows_them(study):
 def test_a_probe_of_a_perfect_feature_is_perfect(study):
     """With the label itself as the only feature, AUROC is 1 wherever both splits hold both classes."""
     findings = list(FINDINGS)
-    train, test = (labelled_shortcuts(part.rows, findings, read_volume) for part in (study.train, study.test))
+    train, test = (labelled_shortcuts(part.rows, findings, read_row) for part in (study.train, study.test))
     both = [
         column
         for column in range(len(findings))
@@ -195,7 +198,7 @@ def test_samples_depend_on_the_seed_and_the_row_alone(study):
 
 
 def test_patients_in_both_splits_are_refused(study):
-    features = labelled_shortcuts(study.test.rows, ["emphysema"], read_volume)
+    features = labelled_shortcuts(study.test.rows, ["emphysema"], read_row)
     with pytest.raises(ValueError, match="split by patient"):
         evaluate_probe(features, features, ["emphysema"])
 
@@ -204,13 +207,37 @@ def test_shortcuts_read_the_file_as_stored(study):
     """Orientation is a feature: reading must not reorient first."""
     seen: list[Volume] = []
 
-    def read(path):
-        seen.append(read_volume(path))
+    def read(row):
+        seen.append(read_row(row))
         return seen[-1]
 
     features = labelled_shortcuts(study.test.rows, ["emphysema"], read)
     assert len({volume.axis_codes for volume in seen}) > 1
     assert features.features.shape[0] == len(seen) == 6
+
+
+def test_shortcuts_are_those_of_the_values_that_the_data_set_prepares(tmp_path):
+    """The manifest's rescale counts, and RAD-ChestCT's arrays are read."""
+    scan = np.full((20, 40, 40), -1000, dtype=np.int16)
+    scan[:, 8:32, 8:32] = 40
+    write_nifti(to_volume(scan + 1024, spacing=(0.8, 0.8, 0.8), axes="IPL"), tmp_path / "offset.nii.gz")
+    np.savez_compressed(tmp_path / "array.npz", ct=scan)
+    (tmp_path / "m.csv").write_text('volume,rescale,label:nodule\noffset.nii.gz,"[1, -1024]",1\narray.npz,,0\n')
+    rows = read_manifest(tmp_path / "m.csv", require_report=False).rows
+    features = labelled_shortcuts(rows, ["nodule"], read_row).features
+    np.testing.assert_allclose(features[0], features[1], atol=1e-6)
+
+
+def test_a_model_without_local_views_is_evaluated(study):
+    """Global alignment alone cuts none: nothing is said of them, and all else is measured."""
+    image_processor = T3DImageProcessor(**{**study.processor.image_processor.to_dict(), "num_local_views": 0})
+    processor = SimpleNamespace(**{**vars(study.processor), "image_processor": image_processor})
+    test = PretrainingDataset(study.test.rows, image_processor)
+    prompts = {"emphysema": EVALUATION_PROMPTS["emphysema"]}
+    results = evaluate_pretrained(study.model, processor, test, prompts, num_resamples=0)
+    assert results.study_identity is None
+    assert results.zero_shot.findings[0].num_units == 6
+    assert set(results.retrieval) == {"report_to_volume", "volume_to_report"}
 
 
 def test_embedding_a_data_set_keeps_its_order(study):
@@ -229,7 +256,7 @@ def test_embedding_a_data_set_keeps_its_order(study):
 def test_figure_of_a_case(study, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in the eval extra")
     row, prepared = study.test.rows[0], study.test.prepared(0)
-    label_map = read_volume(row.masks["lesions"])
+    label_map = read_label_map(row.masks["lesions"])
     lesion = Volume(label_map.array > 0, label_map.affine)
     path = plot_case(study.model, study.processor, prepared, "Emphysema.", tmp_path / "a.png", lesion=lesion)
     assert path.stat().st_size > 10_000
@@ -238,7 +265,7 @@ def test_figure_of_a_case(study, tmp_path):
 def test_a_mask_on_the_model_grid_lies_where_the_scan_shows_it(study):
     """The lungs of the organ map, brought to the model grid, hold air; what is around them does not."""
     row, prepared = study.test.rows[1], study.test.prepared(1)
-    organs = read_volume(row.masks["organs"])
+    organs = read_label_map(row.masks["organs"])
     lungs = [value for name, value in ORGANS.items() if "lung" in name]
     mask = mask_on_grid(Volume(np.isin(organs.array, lungs), organs.affine), prepared.affine, prepared.array.shape)
     assert mask.any()

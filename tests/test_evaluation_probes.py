@@ -36,7 +36,7 @@ def test_agrees_with_scikit_learn(inverse_penalty):
         reference.fit(standard, labels[:, column])
         np.testing.assert_allclose(probe.weight[:, column], reference.coef_[0], atol=1e-4)
         np.testing.assert_allclose(
-            probe.predict(features)[:, column], reference.predict_proba(standard)[:, 1], atol=1e-4
+            probe.log_odds(features)[:, column], reference.decision_function(standard), atol=1e-3
         )
 
 
@@ -48,10 +48,10 @@ def test_constant_features_and_single_class_findings_do_no_harm():
     probe = fit_linear_probe(extended, one_class)
     np.testing.assert_allclose(probe.weight[-1], 0.0, atol=1e-12)
     np.testing.assert_allclose(
-        probe.predict(extended)[:, :3], fit_linear_probe(features, labels).predict(features), atol=1e-4
+        probe.log_odds(extended)[:, :3], fit_linear_probe(features, labels).log_odds(features), atol=1e-3
     )
-    assert (probe.predict(extended)[:, 3] < 1e-6).all()
-    np.testing.assert_array_equal(probe.predict(extended)[:, 4], 0.5)
+    assert (probe.log_odds(extended)[:, 3] < -14).all()
+    np.testing.assert_array_equal(probe.log_odds(extended)[:, 4], 0.0)
 
 
 def test_unknown_labels_are_left_out_of_the_fit():
@@ -60,9 +60,25 @@ def test_unknown_labels_are_left_out_of_the_fit():
     probe = fit_linear_probe(features, labels)
     # The same standardisation, half the rows: reproduce by weighting, through a fit on the known half alone.
     known = fit_linear_probe(features[:60], labels[:60, :1], inverse_penalty=1.0)
-    ranked = area_under_roc(labels[:60, 0], probe.predict(features[:60])[:, 0])
-    assert ranked == pytest.approx(area_under_roc(labels[:60, 0], known.predict(features[:60])[:, 0]), abs=0.02)
-    assert np.isfinite(probe.predict(features)).all()
+    ranked = area_under_roc(labels[:60, 0], probe.log_odds(features[:60])[:, 0])
+    assert ranked == pytest.approx(area_under_roc(labels[:60, 0], known.log_odds(features[:60])[:, 0]), abs=0.02)
+    assert np.isfinite(probe.log_odds(features)).all()
+
+
+def test_confident_scores_of_a_probe_do_not_tie():
+    """A finding that a feature separates wide: probabilities round to 1, log-odds rank."""
+    features, labels = np.repeat([[-1.0], [1.0]], 20, axis=0), np.repeat([[0.0], [1.0]], 20, axis=0)
+    ids = list(range(42))
+    scores = probe_findings(
+        features,
+        labels,
+        np.array([[60.0], [80.0]]),
+        train_patient_ids=ids[:40],
+        test_patient_ids=ids[40:],
+        inverse_penalty=1.0,
+    )
+    assert scores.min() > 37
+    assert area_under_roc([0, 1], scores) == 1.0
 
 
 def test_probe_refuses_shared_patients_and_bad_shapes():
@@ -83,7 +99,7 @@ def test_the_penalty_is_chosen_by_the_training_rows():
     scores = probe_findings(
         wide[train], labels[train], wide[test], train_patient_ids=ids[train], test_patient_ids=ids[test]
     )
-    loose = fit_linear_probe(wide[train], labels[train], inverse_penalty=1e4).predict(wide[test])
+    loose = fit_linear_probe(wide[train], labels[train], inverse_penalty=1e4).log_odds(wide[test])
     regular = macro_mean(area_under_roc_per_finding(labels[test], scores)).mean
     assert regular > macro_mean(area_under_roc_per_finding(labels[test], loose)).mean + 0.03
     assert choose_inverse_penalty(wide[train], labels[train], ids[train]) < 1.0

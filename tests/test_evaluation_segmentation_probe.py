@@ -24,7 +24,7 @@ from modeling_t3d.evaluation.segmentation_probe import (
 from modeling_t3d.geometry_t3d import Volume
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.modeling_t3d import T3DModel
-from modeling_t3d.volume_io_t3d import read_volume
+from modeling_t3d.volume_io_t3d import read_label_map
 
 
 def box(start, stop):
@@ -121,7 +121,7 @@ def test_organs_of_phantoms_are_found_in_random_features(tmp_path):
     model = T3DModel(T3DConfig.from_preset("tiny"))
     halves = halves_of_patients(dataset.rows)
     fitted, scored = (
-        list(labelled_cells(model, dataset, read_volume, patient_ids=half, num_views=2)) for half in halves
+        list(labelled_cells(model, dataset, read_label_map, patient_ids=half, num_views=2)) for half in halves
     )
     assert {part.patient_id for part in fitted} == set(halves[0])
     assert len(fitted) + len(scored) == 8

@@ -2,7 +2,6 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Zero-shot scores by hand, encoding with a real tiny model, and the whole evaluation from samples to results."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,18 +11,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from modeling_t3d.configuration_t3d import T3DConfig
-from modeling_t3d.evaluation.encoding import embed_samples, encode_prompts, encode_reports, stack_samples
-from modeling_t3d.evaluation.findings import mean_over_studies
+from modeling_t3d.evaluation.encoding import (
+    Embeddings,
+    embed_samples,
+    encode_prompts,
+    encode_reports,
+    stack_samples,
+)
+from modeling_t3d.evaluation.findings import mean_over_studies, sigmoid
 from modeling_t3d.evaluation.localisation import boxes_from_affines, evaluate_localisation, localisation_case
 from modeling_t3d.evaluation.probes import study_identity
 from modeling_t3d.evaluation.statistics import area_under_roc
 from modeling_t3d.evaluation.zero_shot import (
+    evaluate_embeddings,
     evaluate_zero_shot,
     logit_scale_of,
     make_prompts,
     mean_prompt_embeds,
     softmax_scores,
-    zero_shot_scores,
+    zero_shot_logits,
 )
 from modeling_t3d.geometry_t3d import Volume
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
@@ -92,18 +98,33 @@ def make_samples(count: int = 10, num_views: int | None = None) -> list[dict]:
 def test_scores_by_hand():
     images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     positive, negative = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    scores = zero_shot_scores(images, positive, negative, logit_scale=1 / 0.07)
-    assert scores[0, 0].item() == pytest.approx(1 / (1 + math.exp(-1 / 0.07)))
-    assert scores[1, 0].item() == pytest.approx(1 / (1 + math.exp(0.2 / 0.07)))
+    logits = zero_shot_logits(images, positive, negative, logit_scale=1 / 0.07)
+    assert logits.dtype == torch.float64
+    assert logits.ravel().tolist() == pytest.approx([1 / 0.07, -0.2 / 0.07])
 
 
 def test_confident_scores_do_not_tie():
-    """Margins of 1.8 and 1.9 at temperature 0.07 both round to 1 in single precision."""
-    images = torch.tensor([[1.0, 0.0], [0.95, math.sqrt(1 - 0.95**2)]])
-    positive, negative = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
-    scores = zero_shot_scores(images, positive, negative, 1 / 0.07)
-    assert scores.float().unique().numel() == 1
-    assert scores[0, 0] > scores[1, 0]
+    """At the highest temperature that a model may learn, margins from 0.37 on are probabilities of 1 in float64."""
+    heights = torch.tensor([0.20, 0.25, 0.30, 0.35])
+    images = torch.stack([torch.sqrt(1 - heights**2), heights], dim=1)
+    embeddings = Embeddings(
+        image_embeds=images.numpy(),
+        labels=np.array([[0.0], [0.0], [1.0], [1.0]]),
+        findings=("nodule",),
+        patient_ids=tuple("abcd"),
+        study_ids=tuple("abcd"),
+        reconstructions=("1",) * 4,
+        reports=("",) * 4,
+    )
+    sides = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, -1.0]])
+    assert (sigmoid(zero_shot_logits(images, *sides, 100.0).numpy()) == 1.0).sum() == 4
+    for unit in ("study", "reconstruction"):
+        settings = {"prompts": {"nodule": PROMPTS["nodule"]}, "unit": unit, "thresholds": {"nodule": 0.5}}
+        table = evaluate_embeddings(embeddings, *sides, 100.0, num_resamples=0, **settings).zero_shot
+        assert table.auroc("nodule") == 1.0
+        assert table.findings[0].average_precision == 1.0
+        assert table.findings[0].at_threshold.sensitivity == 1.0, "thresholds are compared with probabilities"
+        assert table.findings[0].at_threshold.specificity == 0.0
 
 
 def test_softmax_over_labels():

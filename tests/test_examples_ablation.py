@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +152,19 @@ def test_table_shows_result_files_and_names_the_best_arm(scripts, arms, tmp_path
     )
     for fact in facts:
         assert fact in table
+
+
+def test_confident_scores_are_kept_apart(scripts):
+    """What a result file keeps ranks as the model does, where probabilities of 0.99999995 and more are one number."""
+    _, ablation_arms, ablation_table, _ = scripts
+    names = ablation_arms.FINDING_NAMES
+    rows = [
+        SimpleNamespace(labels=dict.fromkeys(names, row % 2), study_id=f"s{row}", patient_id=f"p{row}")
+        for row in range(4)
+    ]
+    log_odds = np.array([[40.0], [60.0], [41.0], [42.0]]) + np.zeros((4, len(names)))
+    part = json.loads(json.dumps(ablation_arms.scored(log_odds, SimpleNamespace(rows=rows))))
+    assert ablation_table.group_auroc(part, "macro") == 1.0
 
 
 def test_interval_of_the_mean_pairs_patients(scripts):

@@ -17,7 +17,14 @@ import torch
 from modeling_t3d import volume_arithmetic_t3d, volume_io_t3d
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
 from modeling_t3d.volume_arithmetic_t3d import remove_shear, rescale
-from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume, volume_files, write_nifti
+from modeling_t3d.volume_io_t3d import (
+    VolumeReadError,
+    read_label_map,
+    read_volume,
+    to_volume,
+    volume_files,
+    write_nifti,
+)
 from modeling_t3d.volume_itk_t3d import LPS_TO_RAS
 
 SimpleITK = pytest.importorskip("SimpleITK")
@@ -342,6 +349,43 @@ def test_sheared_grids_are_resampled_to_where_the_voxels_are(tmp_path, dtype, or
     write_nifti(volume, tmp_path / "sheared.nii")
     np.testing.assert_array_equal(read_volume(tmp_path / "sheared.nii").array.shape, straight.array.shape)
     assert remove_shear(straight) is straight
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_sheared_label_maps_hold_the_labels_of_the_file_where_they_are(tmp_path, order):
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[2.0, 0, 0], [0, 2.0, -1.2], [0, 0, 3.0]])[:, list(order)]
+    shape = tuple(np.array((14, 40, 20))[list(order)])
+    labels = np.full(shape, 4, dtype=np.uint8)
+    labels[tuple(slice(size // 4, size // 2) for size in shape)] = 10
+    path = write_image(tmp_path / "labels.nii.gz", labels, affine)
+    found = read_label_map(path)
+    assert not found.is_sheared
+    assert found.array.dtype == np.int16
+    for value in (4, 10):
+        assert (found.array == value).sum() == (labels == value).sum()
+    assert set(np.unique(found.array)) == {0, 4, 10}, "what the slices do not reach is background"
+    # Every labelled voxel lies within half a voxel of one of the file's.
+    centres = np.argwhere(found.array == 10) @ found.affine[:3, :3].T + found.affine[:3, 3]
+    stored = (centres - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    nearest = np.rint(stored)
+    assert np.abs((stored - nearest) @ affine[:3, :3].T).max() < 1.01
+    assert len(np.unique(nearest, axis=0)) == (labels == 10).sum()
+
+
+def test_label_maps_are_integers(tmp_path):
+    labels = np.random.default_rng(0).integers(0, 5, (6, 5, 4))
+    for dtype in (np.uint8, np.int16, np.float32, np.float64):
+        found = read_label_map(write_image(tmp_path / "labels.nii.gz", labels.astype(dtype)))
+        assert found.array.dtype.kind == "i"
+        np.testing.assert_array_equal(found.array, labels)
+    stored = (255 * (labels > 2)).astype(np.uint8)
+    scaled = read_label_map(write_image(tmp_path / "scaled.nii", stored, slope=1 / 255, intercept=0.0))
+    np.testing.assert_array_equal(scaled.array, labels > 2)
+    for wrong in (0.5, np.nan, np.inf, 1e9):
+        path = write_image(tmp_path / "wrong.nii.gz", np.where(labels == 1, wrong, labels).astype(np.float32))
+        with pytest.raises(VolumeReadError, match=r"wrong\.nii\.gz: a label map holds whole numbers up to 16,777,216"):
+            read_label_map(path)
 
 
 def test_to_volume_takes_what_holds_a_volume(tmp_path, scan):

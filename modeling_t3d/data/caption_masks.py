@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..geometry_t3d import Volume, VolumeError
-from ..volume_io_t3d import read_volume
+from ..volume_io_t3d import read_label_map
 from .captions import CaptionError
 from .manifest import ManifestRow
 
@@ -142,7 +142,7 @@ class MaskCaptioner:
         maps = {}
         for name, path in row.masks.items():
             try:
-                maps[name] = read_volume(path).to_canonical()
+                maps[name] = read_label_map(path).to_canonical()
             except VolumeError as error:
                 raise CaptionError(f"row {row.number}: {error}") from None
         names = {mask: self._names(row, mask, volume) for mask, volume in maps.items()}

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..geometry_t3d import VolumeError
 from ..volume_dicom_t3d import BODY_PARTS
-from ..volume_io_t3d import read_acquisition, read_volume
 from .captions import CaptionError
 from .manifest import ManifestRow
+from .sources import read_row, read_row_acquisition
 
 MODALITIES = {
     "CT": "Computed tomography",
@@ -57,8 +57,8 @@ class MetadataCaptioner:
     def __call__(self, row: ManifestRow, record: Mapping[str, Any]) -> str:
         """See [`CaptionSource`]."""
         try:
-            facts = {**_facts_of_columns(record), **read_acquisition(row.volume)}
-            volume = read_volume(row.volume).to_canonical()
+            facts = {**_facts_of_columns(record), **read_row_acquisition(row)}
+            volume = read_row(row).to_canonical()
         except VolumeError as error:
             raise CaptionError(f"row {row.number}: {error}") from None
         modality = facts.get("modality", self.modality)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..geometry_t3d import VolumeError
-from ..volume_io_t3d import read_volume
 from .captions import CaptionError
 from .manifest import ManifestRow
+from .sources import read_row
 
 
 class SliceCaptioner:
@@ -89,7 +89,7 @@ class SliceCaptioner:
     def __call__(self, row: ManifestRow, record: Mapping[str, Any]) -> str:
         """See [`CaptionSource`]."""
         try:
-            array = read_volume(row.volume).to_canonical().array
+            array = read_row(row).to_canonical().array
         except VolumeError as error:
             raise CaptionError(f"row {row.number}: {error}") from None
         texts = [" ".join(text.split()) for text in self.describe(self.slices(array))]

@@ -1,15 +1,17 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""What an image processor is given for a row of a manifest: a path, or a Volume where the file does not say all."""
+"""What a row of a manifest gives to read: a path, or a Volume where the file does not say all."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..geometry_t3d import Volume
-from ..volume_io_t3d import wrap_volume
+from ..volume_io_t3d import read_acquisition, to_volume, wrap_volume
 from .builders.rad_chestct import read_rad_chestct
+from .manifest import ManifestRow
 
 
 def open_source(path: str | Path, rescale: tuple[float, float] | None = None) -> Path | Volume:
@@ -25,12 +27,32 @@ def open_source(path: str | Path, rescale: tuple[float, float] | None = None) ->
         `Path` for a file that speaks for itself, so that it is decoded where it is resampled; else a [`Volume`].
     """
     path = Path(path)
-    is_array = path.suffix == ".npz"
+    is_array = _is_array(path)
     if rescale is None:
         return read_rad_chestct(path) if is_array else path
     # Sheared grids stay so: the one interpolation is the image processor's.
     volume = read_rad_chestct(path) if is_array else wrap_volume(path)
     return apply_rescale(volume, rescale)
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file is one of RAD-ChestCT, which has no header."""
+    return path.suffix == ".npz"
+
+
+def read_row(row: ManifestRow) -> Volume:
+    """
+    The volume of a row as it is stored, with the row's rescale; a sheared grid is resampled to right angles.
+
+    Args:
+        row ([`ManifestRow`]): its `volume` is a file or DICOM folder.
+    """
+    return to_volume(open_source(row.volume, row.rescale))
+
+
+def read_row_acquisition(row: ManifestRow) -> dict[str, Any]:
+    """What the file of a row says of its acquisition, as [`~modeling_t3d.volume_io_t3d.read_acquisition`] gives it."""
+    return {} if _is_array(row.volume) else read_acquisition(row.volume)
 
 
 def apply_rescale(volume: Volume, rescale: tuple[float, float]) -> Volume:
@@ -48,4 +70,4 @@ def apply_rescale(volume: Volume, rescale: tuple[float, float]) -> Volume:
     return replace(volume, array=array, warnings=(*volume.warnings, note))
 
 
-__all__ = ["apply_rescale", "open_source"]
+__all__ = ["apply_rescale", "open_source", "read_row", "read_row_acquisition"]

@@ -35,17 +35,18 @@ class LabelledFeatures:
 
 
 def labelled_shortcuts(
-    rows: Iterable[Any], findings: Sequence[str], read_volume: Callable[[Any], Volume]
+    rows: Iterable[Any], findings: Sequence[str], read_row: Callable[[Any], Volume]
 ) -> LabelledFeatures:
     """Shortcut features of manifest rows, read one file at a time.
 
     Args:
-        rows: with `volume`, `labels`, `patient_id` and `study_id`, as `ManifestRow`.
+        rows: with `labels`, `patient_id` and `study_id`, as `ManifestRow`.
         findings: columns of the labels.
-        read_volume: path -> `Volume` as stored, before any reorientation (orientation is one of the features).
+        read_row: row -> `Volume` in HU, before any reorientation (orientation is one of the features), such as
+            [`~modeling_t3d.data.sources.read_row`].
     """
     rows = list(rows)
-    volumes = (read_volume(row.volume) for row in rows)
+    volumes = (read_row(row) for row in rows)
     return LabelledFeatures(
         features=np.stack([shortcut_features(volume.array, volume.affine) for volume in volumes]),
         labels=np.array([label_row(row.labels, findings) for row in rows]),
@@ -104,11 +105,11 @@ def evaluate_classifier(
         samples: see [`~modeling_t3d.evaluation.encoding.embed_samples`].
         findings: the model's labels, in order.
     """
-    probabilities, rows = [], []
+    logits, rows = [], []
     with evaluation_mode(model):
         for batch in batches_of(samples, batch_size):
-            logits = model(pixel_values=stack_samples(batch)["pixel_values"].to(model.device)).logits
-            probabilities.append(torch.sigmoid(logits.double()).cpu())
+            output = model(pixel_values=stack_samples(batch)["pixel_values"].to(model.device))
+            logits.append(output.logits.double().cpu())
             rows += [
                 (label_row(sample["labels"], findings), str(sample["study_id"]), str(sample["patient_id"]))
                 for sample in batch
@@ -116,9 +117,7 @@ def evaluate_classifier(
     if not rows:
         raise ValueError("there is nothing to evaluate: the samples are empty")
     known, study_ids, patient_ids = zip(*rows, strict=True)
-    scores, labels, patients = to_units(
-        torch.cat(probabilities).numpy(), np.array(known), study_ids, patient_ids, unit
-    )
+    scores, labels, patients = to_units(torch.cat(logits).numpy(), np.array(known), study_ids, patient_ids, unit)
     bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     return score_findings(labels, scores, findings, patients, groups=groups, **bootstrap)
 

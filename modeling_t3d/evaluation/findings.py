@@ -144,16 +144,47 @@ def mean_over_studies(
     return sums / np.bincount(owner)[:, None], np.where(np.isinf(highest), np.nan, highest), first
 
 
+def sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    """Probabilities of log-odds, any shape, in float64; exactly 1 above 36.7, so that they cannot rank."""
+    return np.exp(-np.logaddexp(0.0, -np.asarray(log_odds, dtype=np.float64)))
+
+
 def to_units(
-    scores: np.ndarray, labels: np.ndarray, study_ids: Sequence[str], patient_ids: Sequence[Hashable], unit: str
+    log_odds: np.ndarray, labels: np.ndarray, study_ids: Sequence[str], patient_ids: Sequence[Hashable], unit: str
 ) -> tuple[np.ndarray, np.ndarray, list[Hashable]]:
-    """Scores, labels and patient ids per study (means over reconstructions) or, unchanged, per reconstruction."""
+    """Scores, labels and patient ids per study (mean probability of its reconstructions) or, unchanged, per
+    reconstruction.
+
+    Args:
+        log_odds (`np.ndarray` of shape `(N, K)`): logits per volume. Scores stay log-odds, of the mean probability
+            too: confident probabilities round to 1, and ties would enter the ranking.
+        labels (`np.ndarray` of shape `(N, K)`): 0, 1 or nan.
+        study_ids, patient_ids: per volume.
+        unit: "study" or "reconstruction".
+
+    Returns:
+        log-odds and labels of shape `(num_units, K)`, patient ids per unit; [`sigmoid`] gives the probabilities.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_t3d.evaluation.findings import sigmoid, to_units
+    >>> logits, labels = np.array([[0.0], [50.0]]), np.ones((2, 1))
+    >>> log_odds, labels, patients = to_units(logits, labels, ["a", "a"], ["p", "p"], "study")
+    >>> sigmoid(log_odds).round(6).tolist(), patients
+    ([[0.75]], ['p'])
+
+    ```
+    """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
     if unit == "reconstruction":
-        return scores, labels, list(patient_ids)
-    scores, labels, first = mean_over_studies(scores, labels, study_ids)
-    return scores, labels, [patient_ids[row] for row in first]
+        return log_odds, labels, list(patient_ids)
+    present, known, first = mean_over_studies(sigmoid(log_odds), labels, study_ids)
+    # Its own mean, and not 1 less the other: so it keeps its digits where it is tiny.
+    absent, _, _ = mean_over_studies(sigmoid(-log_odds), labels, study_ids)
+    return np.log(present) - np.log(absent), known, [patient_ids[row] for row in first]
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -275,6 +306,7 @@ def score_findings(
     patient_ids: Sequence[Hashable],
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
+    probabilities: np.ndarray | None = None,
     thresholds: Mapping[str, float] | None = None,
     protocol: str = "clean",
     num_resamples: int = 1000,
@@ -289,11 +321,14 @@ def score_findings(
         findings: column names.
         patient_ids: per unit; the bootstrap draws patients.
         groups: group name -> findings, for instance `{"diffuse": [...], "focal": [...]}`; "macro" is always added.
+        probabilities (`np.ndarray` of shape `(num_units, num_findings)`, *optional*): what thresholds are compared
+            with; the scores by default.
         thresholds: per finding; findings without one get no metrics at a threshold.
         protocol: "clean" or "ct-clip": how a score equal to its threshold is read.
         num_resamples, confidence, seed: of the bootstrap.
     """
     labels, scores = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    probabilities = scores if probabilities is None else probabilities
     column_of = {finding: column for column, finding in enumerate(findings)}
     if len(column_of) != labels.shape[1]:
         raise ValueError(f"{len(column_of)} distinct finding names for {labels.shape[1]} columns")
@@ -318,7 +353,7 @@ def score_findings(
                 at_threshold=None
                 if threshold is None
                 else threshold_metrics(
-                    labels[:, column], scores[:, column], threshold, strictly_above=protocol == "ct-clip"
+                    labels[:, column], probabilities[:, column], threshold, strictly_above=protocol == "ct-clip"
                 ),
             )
         )
@@ -338,6 +373,7 @@ __all__ = [
     "choose_thresholds",
     "mean_over_studies",
     "score_findings",
+    "sigmoid",
     "threshold_metrics",
     "to_units",
 ]

@@ -32,20 +32,23 @@ def leak_batches(dataset: Any, collator: Callable, batch_size: int, max_batches:
 
 
 def localisation_cases(
-    dataset: Any, read_volume: Callable[[Any], Volume], lesion_values: Mapping[str, int], mask_name: str = "lesions"
+    dataset: Any,
+    read_label_map: Callable[[Any], Volume],
+    lesion_values: Mapping[str, int],
+    mask_name: str = "lesions",
 ) -> Iterator[dict[str, Any]]:
     """Cases for [`evaluate_localisation`]: every volume with a label map, tiled by its grid, one at a time.
 
     Args:
         dataset: has `rows` with `masks`, `prepared(index)` and `image_processor`.
-        read_volume: path -> `Volume`.
+        read_label_map: path -> `Volume` of integers, such as [`~modeling_t3d.volume_io_t3d.read_label_map`].
         lesion_values: finding -> its value in the label map; findings that a volume lacks are left out.
         mask_name: key of the label map in a row's masks.
     """
     for index, row in enumerate(dataset.rows):
         if mask_name not in row.masks:
             continue
-        label_map = read_volume(row.masks[mask_name])
+        label_map = read_label_map(row.masks[mask_name])
         masks = {finding: label_map.array == value for finding, value in lesion_values.items()}
         lesions = {finding: Volume(mask, label_map.affine) for finding, mask in masks.items() if mask.any()}
         if lesions:
@@ -68,7 +71,8 @@ def evaluate_pretrained(
     train: Any | None = None,
     validation: Any | None = None,
     collator: Callable | None = None,
-    read_volume: Callable[[Any], Volume] | None = None,
+    read_row: Callable[[Any], Volume] | None = None,
+    read_label_map: Callable[[Any], Volume] | None = None,
     lesion_values: Mapping[str, int] | None = None,
     organ_values: Mapping[str, int] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
@@ -84,29 +88,32 @@ def evaluate_pretrained(
 ) -> Results:
     """Everything that can be measured with what is given, on the test rows once.
 
-    Always: zero-shot table, retrieval (where every row has a report), study identity of the local views.
+    Always: zero-shot table, retrieval (where every row has a report), study identity of the local views (where the
+    processor cuts any).
 
     Args:
         model: a `T3DForPreTraining`.
         processor: its `T3DProcessor`.
         test: a data set as `PretrainingDataset`: `rows`, `prepared(index)`, `image_processor`, items to collate.
         prompts: finding -> (positive, negative) pairs.
-        train: the training set: adds the linear probe and, with `read_volume`, the shortcut baseline.
+        train: the training set: adds the linear probe and, with `read_row`, the shortcut baseline.
         validation: a data set on which thresholds are chosen.
         collator: makes training batches of `test`: adds the leak control of a model with multi-view alignment.
-        read_volume: path -> `Volume` as stored.
-        lesion_values: finding -> value in the label maps of the test rows: with `read_volume`, adds localisation.
-        organ_values: organ -> value in the label maps of the test rows: with `read_volume`, adds the segmentation
+        read_row: row -> `Volume` as stored; see [`labelled_shortcuts`].
+        read_label_map: path -> `Volume` of integers; see [`localisation_cases`].
+        lesion_values: finding -> value in the label maps of the test rows: with `read_label_map`, adds localisation.
+        organ_values: organ -> value in the label maps of the test rows: with `read_label_map`, adds the segmentation
             probe, fitted on every other patient and scored on the others.
         groups: group name -> findings, for instance diffuse and focal.
         views: local views per volume (a number or "grid") that a fusing model embeds; the processor's number by
-            default.
+            default, none where that is 0.
         unit, ks, batch_size, num_resamples, confidence, seed: as in [`evaluate_zero_shot`].
         leak_batch_size, max_leak_batches: pairs per batch, and batches, of the leak control.
     """
     findings = list(prompts)
     bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
-    views = processor.image_processor.num_local_views if views is None else views
+    if views is None:
+        views = processor.image_processor.num_local_views or None
 
     def embed(dataset: Any, **settings: bool) -> Embeddings:
         samples = evaluation_samples(dataset, views=views, seed=seed)
@@ -119,7 +126,7 @@ def evaluate_pretrained(
             embed(validation, with_reports=False), positive, negative, logit_scale, unit
         )
     has_reports = all(row.report for row in test.rows)
-    embeddings = embed(test, with_reports=has_reports, with_view_features=True)
+    embeddings = embed(test, with_reports=has_reports, with_view_features=views is not None)
     results = evaluate_embeddings(
         embeddings,
         positive,
@@ -135,8 +142,8 @@ def evaluate_pretrained(
     if embeddings.view_features is not None:
         results.study_identity = study_identity(embeddings.view_features, embeddings.study_ids, embeddings.view_mask)
     settings: dict[str, Any] = {"groups": groups, "unit": unit, **bootstrap}
-    if train is not None and read_volume is not None:
-        known, unseen = (labelled_shortcuts(part.rows, findings, read_volume) for part in (train, test))
+    if train is not None and read_row is not None:
+        known, unseen = (labelled_shortcuts(part.rows, findings, read_row) for part in (train, test))
         results.comparisons["shortcut baseline"] = evaluate_probe(known, unseen, findings, **settings)
     if train is not None:
         known, unseen = _as_features(embed(train, with_reports=False)), _as_features(embeddings)
@@ -144,12 +151,12 @@ def evaluate_pretrained(
     if collator is not None and model.config.lambda_tma > 0:
         batches = leak_batches(test, collator, min(leak_batch_size, len(test)), max_leak_batches)
         results.leak = measure_leak(model, batches, seed=seed)
-    if lesion_values is not None and read_volume is not None:
-        cases = localisation_cases(test, read_volume, lesion_values)
+    if lesion_values is not None and read_label_map is not None:
+        cases = localisation_cases(test, read_label_map, lesion_values)
         results.localisation = evaluate_localisation(model, processor, cases, prompts, **bootstrap)
-    if organ_values is not None and read_volume is not None:
+    if organ_values is not None and read_label_map is not None:
         fitted, scored = (
-            labelled_cells(model, test, read_volume, patient_ids=half, seed=seed)
+            labelled_cells(model, test, read_label_map, patient_ids=half, seed=seed)
             for half in halves_of_patients(test.rows)
         )
         results.segmentation = probe_segmentation(fitted, scored, organ_values, **bootstrap)

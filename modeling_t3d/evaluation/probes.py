@@ -81,10 +81,10 @@ class LinearProbe:
     mean: np.ndarray
     scale: np.ndarray
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Probabilities of shape (num_rows, num_findings) for features of shape (num_rows, num_features)."""
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        """Of shape (num_rows, num_findings) for features of shape (num_rows, num_features)."""
         standardised = (np.asarray(features, dtype=np.float64) - self.mean) / self.scale
-        return 1.0 / (1.0 + np.exp(-np.clip(standardised @ self.weight + self.bias, -700, 700)))
+        return standardised @ self.weight + self.bias
 
 
 def fit_linear_probe(
@@ -171,7 +171,7 @@ def choose_inverse_penalty(
         return best
     for candidate in candidates:
         probe = fit_linear_probe(features[inner], labels[inner], inverse_penalty=candidate)
-        value = macro_mean(area_under_roc_per_finding(labels[~inner], probe.predict(features[~inner]))).mean
+        value = macro_mean(area_under_roc_per_finding(labels[~inner], probe.log_odds(features[~inner]))).mean
         if value > best_value:
             best, best_value = candidate, value
     return best
@@ -187,7 +187,7 @@ def probe_findings(
     inverse_penalty: float | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Scores (num_test_rows, num_findings) of a linear probe fitted on training rows.
+    """Log-odds (num_test_rows, num_findings) of a linear probe fitted on training rows.
 
     Serves the shortcut baseline (with [`shortcut_features`]) and the probe of frozen embeddings alike. The penalty is
     chosen on held-out *training* patients unless it is given.
@@ -197,7 +197,7 @@ def probe_findings(
         raise ValueError(f"{len(shared)} patients are in both the training and the test rows: split by patient")
     if inverse_penalty is None:
         inverse_penalty = choose_inverse_penalty(train_features, train_labels, train_patient_ids, seed=seed)
-    return fit_linear_probe(train_features, train_labels, inverse_penalty=inverse_penalty).predict(test_features)
+    return fit_linear_probe(train_features, train_labels, inverse_penalty=inverse_penalty).log_odds(test_features)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def labels_at_cells(label_map: Volume, affine: np.ndarray, boxes: Iterable[Any],
 def labelled_cells(
     model: Any,
     dataset: Any,
-    read_volume: Callable[[Any], Volume],
+    read_label_map: Callable[[Any], Volume],
     *,
     patient_ids: Collection[Hashable] | None = None,
     num_views: int = 4,
@@ -110,7 +110,7 @@ def labelled_cells(
     Args:
         model: with a `vision_model` of the encoder contract, itself or inside its `t3d`.
         dataset: has `rows` with `masks`, `prepared(index)` and `image_processor`.
-        read_volume: path -> `Volume`.
+        read_label_map: path -> `Volume` of integers, such as [`~modeling_t3d.volume_io_t3d.read_label_map`].
         patient_ids: of these patients only; all by default.
         num_views, mask_name, seed: views per volume, key of the label map in a row's masks, places of the views.
     """
@@ -124,7 +124,8 @@ def labelled_cells(
         with evaluation_mode(model):
             maps = vision_model(views.pixel_values.to(device)).feature_maps
         features = cell_features([level.double().cpu() for level in maps])
-        labels = labels_at_cells(read_volume(row.masks[mask_name]), prepared.affine, views.boxes, features.shape[1:4])
+        label_map = read_label_map(row.masks[mask_name])
+        labels = labels_at_cells(label_map, prepared.affine, views.boxes, features.shape[1:4])
         yield LabelledCells(features.flatten(0, 3), labels.ravel(), row.patient_id)
 
 

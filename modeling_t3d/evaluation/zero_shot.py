@@ -2,7 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Zero-shot classification with pairs of prompts, and the evaluation of a pre-trained model on labelled volumes.
 
-Scores are `sigmoid((v . t_positive - v . t_negative) / tau)`; several prompt pairs of a finding are averaged.
+Scores are `sigmoid((v . t_positive - v . t_negative) / tau)`, ranked by what stands inside the sigmoid; several prompt
+pairs of a finding are averaged.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 
 from ..processing_t3d import ABSENT_TEMPLATE, PRESENT_TEMPLATE, described
 from .encoding import Embeddings, embed_samples, encode_prompts
-from .findings import choose_thresholds, score_findings, to_units
+from .findings import choose_thresholds, score_findings, sigmoid, to_units
 from .protocol import ProtocolCard, split_hash
 from .results import Results
 from .retrieval import DEFAULT_KS, report_volume_retrieval
@@ -77,12 +78,13 @@ def encode_prompt_pairs(model: Any, tokenizer: Any, prompts: PromptPairs) -> tup
     return sides[0], sides[1]
 
 
-def zero_shot_scores(
+def zero_shot_logits(
     image_embeds: torch.Tensor, positive_embeds: torch.Tensor, negative_embeds: torch.Tensor, logit_scale: float
 ) -> torch.Tensor:
-    """`sigmoid((v . t_positive - v . t_negative) / tau)` of every volume and finding.
+    """`(v . t_positive - v . t_negative) / tau` of every volume and finding: the log-odds of its score.
 
-    In float64: a single-precision sigmoid rounds confident scores to exactly 1, and ties would enter the ranking.
+    Rank by these: the sigmoid rounds confident scores to exactly 1 (in float64 above a logit of 36.7), and ties would
+    enter the ranking.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(N, D)`): unit norm.
@@ -90,21 +92,21 @@ def zero_shot_scores(
         logit_scale: 1 / tau (not its logarithm).
 
     Returns:
-        `torch.Tensor` of shape `(N, K)`, float64, in (0, 1).
+        `torch.Tensor` of shape `(N, K)`, float64.
 
     Example:
 
     ```python
     >>> import torch
-    >>> from modeling_t3d.evaluation.zero_shot import zero_shot_scores
+    >>> from modeling_t3d.evaluation.zero_shot import zero_shot_logits
     >>> volume, present, absent = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    >>> round(zero_shot_scores(volume, present, absent, logit_scale=1.0).item(), 4)
-    0.7311
+    >>> zero_shot_logits(volume, present, absent, logit_scale=100.0).item()
+    100.0
 
     ```
     """
     direction = positive_embeds.double() - negative_embeds.double()
-    return torch.sigmoid(logit_scale * (image_embeds.double() @ direction.T))
+    return logit_scale * (image_embeds.double() @ direction.T)
 
 
 def softmax_scores(image_embeds: torch.Tensor, label_embeds: torch.Tensor, logit_scale: float) -> torch.Tensor:
@@ -125,11 +127,11 @@ def validation_thresholds(
     unit: str = "study",
 ) -> dict[str, float]:
     """Thresholds per finding from the embeddings of a *validation* split."""
-    scores = zero_shot_scores(
+    logits = zero_shot_logits(
         torch.from_numpy(embeddings.image_embeds), positive_embeds, negative_embeds, logit_scale
     ).numpy()
-    scores, labels, _ = to_units(scores, embeddings.labels, embeddings.study_ids, embeddings.patient_ids, unit)
-    return choose_thresholds(labels, scores, embeddings.findings)
+    logits, labels, _ = to_units(logits, embeddings.labels, embeddings.study_ids, embeddings.patient_ids, unit)
+    return choose_thresholds(labels, sigmoid(logits), embeddings.findings)
 
 
 def evaluate_embeddings(
@@ -156,21 +158,23 @@ def evaluate_embeddings(
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
     images = torch.from_numpy(embeddings.image_embeds)
-    scores = zero_shot_scores(images, positive_embeds, negative_embeds, logit_scale).numpy()
-    scores, labels, patient_ids = to_units(
-        scores, embeddings.labels, embeddings.study_ids, embeddings.patient_ids, unit
+    logits = zero_shot_logits(images, positive_embeds, negative_embeds, logit_scale).numpy()
+    logits, labels, patient_ids = to_units(
+        logits, embeddings.labels, embeddings.study_ids, embeddings.patient_ids, unit
     )
+    probabilities = sigmoid(logits)
     source = "none (ranking metrics alone)" if thresholds is None else "chosen on a validation split"
     if protocol == "ct-clip":
-        thresholds = choose_thresholds(labels, scores, embeddings.findings, protocol="ct-clip")
+        thresholds = choose_thresholds(labels, probabilities, embeddings.findings, protocol="ct-clip")
         source = "100 steps, nearest the ROC corner, chosen on the evaluation set itself (optimistic)"
     bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence, "seed": seed}
     table = score_findings(
         labels,
-        scores,
+        logits,
         embeddings.findings,
         patient_ids,
         groups=groups,
+        probabilities=probabilities,
         thresholds=thresholds,
         protocol=protocol,
         **bootstrap,
@@ -196,7 +200,7 @@ def evaluate_embeddings(
     card = ProtocolCard(
         protocol=protocol,
         unit=unit,
-        num_units=len(scores),
+        num_units=len(logits),
         num_volumes=len(embeddings),
         num_studies=len(set(embeddings.study_ids)),
         num_patients=len(set(embeddings.patient_ids)),
@@ -294,5 +298,5 @@ __all__ = [
     "mean_prompt_embeds",
     "softmax_scores",
     "validation_thresholds",
-    "zero_shot_scores",
+    "zero_shot_logits",
 ]
