@@ -8,7 +8,8 @@
         --store s3://bucket/ct-rate --scheduler tcp://head:8786
 
 Writes `manifest.csv` (all rows), `quality.html`, `quarantine.csv` (volumes that cannot be read) and `stored.csv` (the
-rows whose volumes are in the store: what training reads) to OUTPUT. Calling it again finishes an interrupted run.
+rows whose volumes are in the store, without masks: what training reads) to OUTPUT. Calling it again finishes an
+interrupted run.
 """
 
 import argparse
@@ -93,7 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quality_only:
         return
     settings = load_configuration(arguments.config, [f"data.manifest={manifest}"])
-    rows = (listed := read_manifest(manifest, require_report=False, check_files=False)).rows
+    # A store holds volumes: training, and not the store, leaves out reports that are short.
+    listed = read_manifest(manifest, min_report_words=0, require_report=False, check_files=False)
+    rows = listed.rows
     logger.info("%s", listed.describe())
     report = build_store(
         rows,

@@ -309,6 +309,23 @@ def test_rescaled_volumes_have_keys_of_their_own(tmp_path):
     assert "1 volumes: rescaled by 1 and -1024" in report.describe()
 
 
+def test_the_stored_manifest_is_read_where_no_mask_is(tmp_path):
+    """Training opens none; the manifest of the sources keeps them."""
+    for name in ("a", "b"):
+        write_volume(tmp_path / f"{name}.nii", scan(12, ord(name)))
+        write_volume(tmp_path / f"{name}-mask.nii", np.ones((12, 24, 24), dtype=np.uint8))
+    manifest = tmp_path / "manifest.csv"
+    rows = f'a.nii,{REPORT},a-mask.nii,1\nb.nii,{REPORT} b,"{{""m"": ""b-mask.nii""}}",0\n'
+    manifest.write_text(f"volume,report,masks,label:nodule\n{rows}")
+    report = build_store(read_manifest(manifest).rows, tmp_path / "store", PROCESSOR, num_workers=0)
+    stored = tmp_path / "elsewhere" / "stored.csv"
+    write_stored_manifest(manifest, report, stored)
+    for file in tmp_path.glob("*.nii"):
+        file.unlink()
+    rows = read_manifest(stored).rows
+    assert [(row.masks, row.labels["nodule"]) for row in rows] == [({}, 1), ({}, 0)]
+
+
 def test_training_reads_the_stored_manifest_without_the_volumes(tmp_path):
     records = [
         {"volume": write_volume(tmp_path / f"{n}.nii", scan(12, n)), "report": f"{REPORT} {n}"} for n in (0, 0, 1)

@@ -60,10 +60,10 @@ def build(folder: Path, cache_dir=None, **settings) -> PretrainingDataset:
     )
 
 
-def collator_of(dataset: PretrainingDataset, **settings) -> PretrainingCollator:
-    return PretrainingCollator(
-        T3DProcessor(dataset.image_processor, train_phantom_tokenizer(REPORTS, 120)), **settings
-    )
+def collator_of(dataset: PretrainingDataset, max_report_tokens: int = 512, **settings) -> PretrainingCollator:
+    tokenizer = train_phantom_tokenizer(REPORTS, 120)
+    processor = T3DProcessor(dataset.image_processor, tokenizer, max_report_tokens=max_report_tokens)
+    return PretrainingCollator(processor, **settings)
 
 
 # ---------------------------------------------------------------------------------------------- cache
@@ -137,6 +137,21 @@ def test_one_store_may_take_the_place_of_a_cache(scans, tmp_path):
         build(scans, store=store, spacing=(9, 9, 9))
     with pytest.raises(ValueError, match="cache_dir and store are two places"):
         build(scans, tmp_path, store=store)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_store_that_lacks_a_key_is_named_with_its_row(scans, tmp_path, num_workers):
+    store = VolumeStore.create(tmp_path / "store", T3DImageProcessor(**SIZES))
+    rows = [replace(row, key="0" * 40) for row in rows_of(scans)]
+    dataset = PretrainingDataset(rows, T3DImageProcessor(**SIZES), store=store)
+    dataset[0]  # prepared from its file
+    rows[1] = replace(rows[1], volume=tmp_path / rows[1].key)
+    elsewhere = PretrainingDataset(rows, T3DImageProcessor(**SIZES), store=store)
+    message = f"store: no volume {'0' * 40}, which row 2 of the manifest names, .* give the store that was built"
+    with pytest.raises(StoreError, match=message):
+        elsewhere[1]
+    with pytest.raises(StoreError, match=message):
+        elsewhere.prepare_all(num_workers)
 
 
 def test_a_rescaled_row_is_another_volume(scans, tmp_path):
@@ -316,8 +331,11 @@ def test_further_texts_are_sentences_of_the_report_and_change_with_the_epoch(sca
         build(scans, num_sentence_texts=-1)
 
 
-def test_fingerprint_changes_with_the_data(scans):
+def test_fingerprint_changes_with_the_data_and_its_views(scans, tmp_path):
     dataset, other = build(scans), build(scans)
     assert dataset.fingerprint == other.fingerprint
+    dataset.image_processor.save_pretrained(tmp_path)  # which names its class and code
+    assert dataset.fingerprint == other.fingerprint
+    assert dataset.fingerprint != build(scans, view_sampling="overlapping").fingerprint
     other.rows = other.rows[:2]
     assert dataset.fingerprint != other.fingerprint

@@ -234,6 +234,20 @@ def test_states_and_settings_that_do_not_fit_are_refused():
         next(iter(stream))
 
 
+def test_epochs_without_a_batch_are_refused():
+    """An endless stream of them would never give anything."""
+    with pytest.raises(ValueError, match=r"no batch: its 3 samples are fewer than the 8 .* 2 processes .*lower batch"):
+        next(StreamingDataset(Keys(3), 4, num_processes=2).batches(1))
+    few = StreamingDataset(Keys(3), 4, num_processes=2, drop_last=False, smallest_share=2)
+    with pytest.raises(ValueError, match=r"its 3 samples are fewer than the 4 .* use fewer processes"):
+        next(few.batches(1))
+    one_study = StreamingDataset(Keys(4), 2, studies=[0] * 4, study_sampling="one")
+    with pytest.raises(ValueError, match="its 1 samples are fewer than the 2 "):
+        next(StreamingLoader(one_study).endless(1))
+    with pytest.raises(ValueError, match="batches_per_epoch must be at least 1, got 0"):
+        next(StreamingDataset(Keys(8), 4).batches(0))
+
+
 def worker_state(batch) -> tuple:
     """The batch, and where its worker stands."""
     return [key[2] for key in batch], torch.utils.data.get_worker_info().dataset.state_dict()

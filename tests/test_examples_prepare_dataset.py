@@ -80,6 +80,24 @@ def test_from_a_folder_to_training(tmp_path, run):
     ]
 
 
+def test_studies_with_short_reports_enter_the_store(tmp_path, run):
+    """They may be labelled; training leaves out what is too short for it."""
+    make_scans(tmp_path / "scans", 2)
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(
+        "volume,report,label:embolism\nscans/p0/scan.nii.gz,The heart is of normal size.,0\n"
+        "scans/p1/scan.nii.gz,No PE.,0\n"
+    )
+    output = tmp_path / "out"
+    said = run(
+        "--manifest", manifest, "--output", output, "--store", output / "store",
+        "--config", configuration(tmp_path), "--num-workers", "0",
+    )  # fmt: skip
+    assert "2 volumes are in the store" in said
+    assert len(read_manifest(output / "stored.csv", min_report_words=0).rows) == 2
+    assert read_manifest(output / "stored.csv").dropped_short == [2]
+
+
 # Python imports it before anything else, in the worker too: halfway through the fifth volume all processes die.
 KILL = """
 import os, signal

@@ -134,6 +134,7 @@ ALLOWED = {
     "data": {
         "counter_noise_t3d",
         "geometry_t3d",
+        "image_settings_t3d",
         "intensity_t3d",
         "prepared_volume_t3d",
         "tile_plan_t3d",

@@ -344,6 +344,10 @@ def write_stored_manifest(manifest: str | Path, report: BuildReport, path: str |
     The rows of a manifest whose volumes are in a store, each naming its volume by key: what training on a machine
     without the source files reads.
 
+    Left out are `rescale`, which the stored volume has been through, and `masks`: they are no part of the store,
+    training opens none, and a manifest whose masks are missing is refused. What needs them, such as captions and the
+    evaluation by lesions and organs, reads the manifest of the sources.
+
     Args:
         manifest (`str` or `Path`): the manifest that the store was built from.
         report ([`BuildReport`]): of the build.
@@ -369,8 +373,8 @@ def write_stored_manifest(manifest: str | Path, report: BuildReport, path: str |
         if earlier is not row:
             repeated += 1
             continue
-        kept = {name: value for name, value in record.items() if name != "rescale"}
-        records.append(kept | {"volume": key, "key": key, "masks": row.masks})
+        kept = {name: value for name, value in record.items() if name not in ("rescale", "masks")}
+        records.append(kept | {"volume": key, "key": key})
     write_records(records, path)
     return repeated
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..geometry_t3d import VolumeError
+from ..image_settings_t3d import LOADER_ARGUMENTS
 from ..prepared_volume_t3d import PreparedVolume
 from ..tile_plan_t3d import aligned_positions
 from ..volume_transforms_t3d import whole_volume_mask
@@ -25,7 +26,7 @@ from .build_tasks import rescaled_key
 from .manifest import ManifestRow
 from .source_hashes import preparation_text
 from .sources import open_source
-from .store import VolumeStore
+from .store import StoreError, VolumeStore
 from .texts import sample_sentences, stable_id
 from .token_cache import TokenCache
 
@@ -141,8 +142,10 @@ class PretrainingDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the rows pair: a run must not resume on other data."""
-        digest = hashlib.sha256(str(self.num_sentence_texts).encode())
+        """Hash of what the rows pair and how views are cut: a run must not resume on other data."""
+        settings = self.image_processor.to_dict()
+        cuts = {name: settings[name] for name in settings.keys() - set(LOADER_ARGUMENTS)}
+        digest = hashlib.sha256(f"{self.num_sentence_texts}{preparation_text(cuts)}".encode())
         for row in self.rows:
             digest.update(f"{row.volume.name}\0{row.report}\0{row.full_report}\0{row.study_id}\0".encode())
         return digest.hexdigest()
@@ -178,7 +181,16 @@ class PretrainingDataset(Dataset):
             self._keys[index] = None, row.key
             return row.key
         # Looked up anew when the source changes; one that has vanished raises here.
-        status = row.volume.stat()
+        try:
+            status = row.volume.stat()
+        except FileNotFoundError:
+            if row.key is None:
+                raise
+            raise StoreError(
+                f"{store.url}: no volume {row.key}, which row {row.number} of the manifest names, and no source file "
+                "to prepare it from; give the store that was built with this manifest, or build it anew with "
+                "examples/prepare_dataset.py"
+            ) from None
         if stamp != (status.st_size, status.st_mtime_ns):
             key = rescaled_key(store.key_of(row.volume), row.rescale)
             self._keys[index] = (status.st_size, status.st_mtime_ns), key
@@ -316,9 +328,9 @@ class PretrainingCollator:
     Samples to a batch of [`T3DForPreTraining`]: views are cut, reports tokenised and padded to the longest.
 
     Args:
-        processor (`T3DProcessor`): image processor and tokenizer.
+        processor (`T3DProcessor`):
+            Image processor and tokenizer. Reports of more than its `max_report_tokens` are cut; see `count_truncated`.
         num_local_views (`int`, *optional*): per volume; the image processor's by default, 0 for none.
-        max_report_tokens (`int`, defaults to 512): longer reports are cut; see `count_truncated`.
         global_views (`bool`, defaults to `True`): cut them; no term of some objectives reads them.
         corruption_seeds (`bool`, defaults to `False`): add each sample's own, for restoration.
     """
@@ -328,7 +340,6 @@ class PretrainingCollator:
         processor: Any,
         *,
         num_local_views: int | None = None,
-        max_report_tokens: int = 512,
         global_views: bool = True,
         corruption_seeds: bool = False,
     ) -> None:
@@ -337,7 +348,7 @@ class PretrainingCollator:
         self.num_local_views = self.image_processor.num_local_views if num_local_views is None else num_local_views
         self.global_views = global_views
         self.corruption_seeds = corruption_seeds
-        self.max_report_tokens = min(max_report_tokens, self.tokenizer.model_max_length)
+        self.max_report_tokens = min(processor.max_report_tokens, self.tokenizer.model_max_length)
         self._tokenize = TokenCache(self.tokenizer, self.max_report_tokens)
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:

@@ -297,7 +297,18 @@ class StreamingLoader:
         self._position = {**position, "epoch": position["epoch"] + 1, "next_batch": 0}
 
     def endless(self, batches_per_epoch: int) -> Generator[Any, None, None]:
-        """Epoch after epoch; of each its first `batches_per_epoch` batches."""
+        """Epoch after epoch; of each its first `batches_per_epoch` batches. Epochs without any raise `ValueError`."""
+        if batches_per_epoch < 1:
+            raise ValueError(f"batches_per_epoch must be at least 1, got {batches_per_epoch}")
+        stream = self.dataset
+        if not len(stream):
+            needed, remedy = stream.plan.global_batch_size, "lower batch_size, pass drop_last=False or add samples"
+            if not stream.drop_last:
+                needed, remedy = stream.smallest_share * stream.num_processes, "use fewer processes or add samples"
+            raise ValueError(
+                f"an epoch has no batch: its {stream.global_size(0)} samples are fewer than the {needed} that a batch "
+                f"of {stream.num_processes} processes takes; {remedy}"
+            )
         while True:
             epoch = self._position["epoch"]
             with closing(iter(self)) as batches:
