@@ -118,7 +118,7 @@ def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator
             restored = measure_restoration(model, islice(losses.batches(), NUM_LEAK_BATCHES))
             logger.info("restoration control: %s", restored.describe())
             metrics["loss_tir_shuffled"] = restored.loss_shuffled
-        views = None if model.config.view_fusion == "global" else processor.image_processor.num_local_views
+        views = None if model.config.view_fusion == "global" else processor.image_processor.num_local_views or None
         embeddings = embed_samples(model, processor, evaluation_samples(held_out, views=views), findings)
         if prompts:
             pairs = encode_prompt_pairs(model, processor.tokenizer, prompts)

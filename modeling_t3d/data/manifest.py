@@ -114,10 +114,11 @@ class Manifest:
             patients = len({row.patient_id for row in rows})
             studies = len({row.study_id for row in rows})
             lines.append(f"split {name!r}: {count} volumes, {studies} studies, {patients} patients")
-        lines.append(
-            f"dropped {len(self.dropped_short)} rows whose report has fewer than {self.min_report_words} words"
-            + (f": rows {_some(self.dropped_short)}" if self.dropped_short else "")
-        )
+        if self.min_report_words:
+            lines.append(
+                f"dropped {len(self.dropped_short)} rows whose report has fewer than {self.min_report_words} words"
+                + (f": rows {_some(self.dropped_short)}" if self.dropped_short else "")
+            )
         return "\n".join([*lines, *self.notes])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..geometry_t3d import Volume, VolumeError, VolumeIntensityError
 from ..intensity_t3d import GAS_BELOW, check_finite, check_hounsfield
-from ..volume_io_t3d import read_volume
+from ..volume_io_t3d import to_volume
 from .sources import open_source
 
 WINDOW = (-1000.0, 400.0)  # HU, of the pictures: lung and soft tissue at once
@@ -54,8 +54,7 @@ def examine_volume(number: int, path: Path, rescale: tuple[float, float] | None 
         rescale (two floats, *optional*): as in [`ManifestRow`].
     """
     try:
-        source = open_source(path, rescale)
-        volume = (source if isinstance(source, Volume) else read_volume(source)).to_canonical()
+        volume = to_volume(open_source(path, rescale)).to_canonical()
         check_finite(volume.array, "")
     except (VolumeError, OSError, MemoryError) as error:
         return VolumeFacts(number, error=_without_path(str(error) or type(error).__name__, path))
