@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_t3d import T3DConfig
@@ -111,6 +111,13 @@ class T3DPreTrainedModel(PreTrainedModel):
         if isinstance(self.config, T3DConfig):
             self.config.custom_pipelines = _CUSTOM_PIPELINES
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """As in Transformers, where Auto classes come by; a vision model takes its part of a dual encoder's."""
+        if cls.base_model_prefix == "vision_model" and isinstance(config, T3DConfig):
+            config = config.to_vision_config()
+        return super()._from_config(config, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike | None, *model_args, **kwargs):

@@ -9,6 +9,7 @@ from model_inputs import tiny_batch, tiny_config, tiny_vit_config
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForImageClassification,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -299,6 +300,15 @@ def test_classification_losses(problem_type, labels):
     torch.testing.assert_close(output.loss, expected)
     assert model(views).loss is None
     assert model.dropout.p == 0.3
+
+
+def test_an_auto_class_makes_a_classifier_of_a_dual_encoder(tmp_path):
+    T3DForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, classifier_dropout=0.25, num_labels=3)
+    assert (loaded.dropout.p, loaded.classifier.out_features) == (0.25, 3)
+    made = AutoModelForImageClassification.from_config(tiny_config(num_labels=3))
+    assert isinstance(made, T3DForImageClassification)
+    assert made.classifier.out_features == 3
 
 
 def test_temperature_and_bias_stay_in_32_bits_where_a_model_is_made_in_16():
