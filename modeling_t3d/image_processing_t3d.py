@@ -24,6 +24,8 @@ from .image_settings_t3d import (
     LOADER_ARGUMENTS,
     T3DImageProcessorKwargs,
     describe,
+    has_axes,
+    per_image,
     refuse_unknown,
     standardise,
 )
@@ -235,7 +237,8 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
 
         Args:
             images: path, numpy array, tensor, nibabel image, `Volume`, [`PreparedVolume`], or a list of these.
-            affine (`np.ndarray` of shape `(4, 4)`, or one per image): array indices to RAS+ world (x, y, z) in mm.
+            affine (`np.ndarray` of shape `(4, 4)`, or one per image, `None` for a file): array indices to RAS+ world
+                (x, y, z) in mm.
             volume_spacing, volume_axes: in place of `affine`, mm per array axis and where each axis grows (`"SAR"`).
             series (`int`, or one per image): which series of a DICOM folder, by its place in `list_series(path)`; by
                 default the only one, or the only axial CT.
@@ -284,14 +287,14 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         return_geometry: bool | None,
         return_tensors: str | None,
     ) -> BatchFeature:
-        affines = _per_image(affine, len(images), "affine", lambda value: np.ndim(value) == 2)
-        spacings = _per_image(volume_spacing, len(images), "volume_spacing", lambda value: np.ndim(value) == 1)
-        places = _per_image(
-            views, len(images), "views", lambda value: isinstance(value, int | str) or np.ndim(value[0]) == 1
+        affines = per_image(affine, len(images), "affine", has_axes(2))
+        spacings = per_image(volume_spacing, len(images), "volume_spacing", has_axes(1))
+        places = per_image(
+            views, len(images), "views", lambda value: isinstance(value, int | str) or has_axes(1)(value[0])
         )
-        axes = _per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
-        ordinals = _per_image(series, len(images), "series", lambda value: np.ndim(value) == 0)
-        times = _per_image(time_index, len(images), "time_index", lambda value: np.ndim(value) == 0)
+        axes = per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
+        ordinals = per_image(series, len(images), "series", has_axes(0))
+        times = per_image(time_index, len(images), "time_index", has_axes(0))
         if not images:
             raise ValueError("no images were given; pass at least one volume")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -354,16 +357,6 @@ def _flatten(images: Any) -> list[Any]:
     if not isinstance(images, list | tuple):
         return [images]
     return [image for entry in images for image in _flatten(entry)]
-
-
-def _per_image(value: Any, count: int, name: str, is_single: Callable[[Any], bool]) -> list[Any]:
-    """One entry per image, from one value for all or a list of them."""
-    if value is None or is_single(value):
-        return [value] * count
-    entries = list(value)
-    if len(entries) != count:
-        raise ValueError(f"{name} has {len(entries)} entries for {count} images; give one each, or one for all")
-    return entries
 
 
 __all__ = ["LocalViews", "PreparedVolume", "T3DImageProcessor", "T3DImageProcessorKwargs", "ViewGeometry"]

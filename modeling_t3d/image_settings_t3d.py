@@ -6,15 +6,26 @@ What the settings do is in `image_processing_t3d`.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence, Sized
+import math
+from collections.abc import Callable, Iterable, Sequence, Sized
+from numbers import Real
 from typing import Any
 
+import numpy as np
 from transformers.processing_utils import ImagesKwargs
 
 from .intensity_t3d import INTENSITIES
 
 GLOBAL_FITS = ("body", "crop", "resize")
 VIEW_SAMPLINGS = ("independent", "overlapping", "aligned")
+# Fields that are one number: which it may be, for a check and in words. No comparison holds for NaN.
+NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "global_crop_extent": (lambda extent: 0 < extent < math.inf, "a positive number of mm"),
+    "num_local_views": (lambda number: _whole(number) is not None and number >= 0, "a whole number, 0 or more"),
+    "view_overlap": (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+    "view_jitter": (lambda move: 0 <= move < math.inf, "a number, 0 or more"),
+    "grid_overlap": (lambda share: 0 <= share < 1, "a share from 0 to less than 1"),
+}
 
 
 class T3DImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, unread by mypy
@@ -76,6 +87,10 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str) -> Non
 
 def check_views(views: Any) -> None:
     """Raises for what says nothing about local views: neither their number, the grid, points nor boxes."""
+    if _holds_none(views):
+        raise ValueError(
+            f'views gives None for one image of several: give each a number, "grid" or points, got {views!r}'
+        )
     if isinstance(views, int | str):
         known = views == "grid" if isinstance(views, str) else views >= 1
     else:
@@ -87,22 +102,81 @@ def check_views(views: Any) -> None:
         )
 
 
+def _holds_none(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(entry is None for entry in value)
+
+
+def _num_axes(value: Any) -> int:
+    return 1 + _num_axes(value[0]) if isinstance(value, list | tuple) and value else np.ndim(value)
+
+
+def has_axes(count: int) -> Callable[[Any], bool]:
+    """What tells whether a value has that many axes: an array, or nested lists, of which the first items count alone.
+
+    Lists whose items differ, which numpy makes no array of, have axes too.
+    """
+    return lambda value: _num_axes(value) == count
+
+
+def per_image(
+    value: Any, count: int, name: str, is_single: Callable[[Any], bool], images: str = "images"
+) -> list[Any]:
+    """One entry per image, from one value for all or a list of them, in which `None` stands for no value.
+
+    Args:
+        value: of the argument.
+        count: of the images.
+        name: of the argument, for messages.
+        is_single: whether a value is one for all.
+        images: what messages call the images.
+
+    Raises:
+        ValueError: the list has another length.
+
+    Example:
+        >>> per_image((3, 3, 3), 2, "spacing", has_axes(1))
+        [(3, 3, 3), (3, 3, 3)]
+        >>> per_image([None, (3, 3, 3)], 2, "spacing", has_axes(1))
+        [None, (3, 3, 3)]
+    """
+    if value is None or (not _holds_none(value) and is_single(value)):
+        return [value] * count
+    entries = list(value)
+    if len(entries) != count:
+        raise ValueError(f"{name} has {len(entries)} entries for {count} {images}; give one each, or one for all")
+    return entries
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number as an int, also one that is written as a float; `None` for anything else."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return int(value) if is_number and value == int(value) else None
+
+
 def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Lists become tuples; every field is checked, here and nowhere else."""
     for key, replacement in REPLACED_ARGUMENTS.items():
         if kwargs.get(key) is not None:
             raise ValueError(f"{key!r} is a setting of 2-D image processors; use {replacement} instead")
     for key in ("global_size", "local_size"):
-        kwargs[key] = tuple(kwargs[key])
-        if len(kwargs[key]) != 3 or min(kwargs[key]) < 1:
-            raise ValueError(f"{key} must be three positive numbers of voxels (z, y, x), got {kwargs[key]}")
+        given = tuple(kwargs[key])
+        kwargs[key] = tuple(_whole(extent) or 0 for extent in given)
+        if len(given) != 3 or min(kwargs[key]) < 1:
+            raise ValueError(f"{key} must be three positive whole numbers of voxels (z, y, x), got {given}")
     if kwargs["spacing"] is not None:
         kwargs["spacing"] = tuple(float(step) for step in kwargs["spacing"])
-        if len(kwargs["spacing"]) != 3 or min(kwargs["spacing"]) <= 0:
+        if len(kwargs["spacing"]) != 3 or not all(0 < step < math.inf for step in kwargs["spacing"]):
             raise ValueError(f"spacing must be three positive mm (z, y, x) or None, got {kwargs['spacing']}")
     kwargs["windows"] = tuple(tuple(float(end) for end in window) for window in kwargs["windows"])
-    if not kwargs["windows"] or any(len(window) != 2 or window[0] >= window[1] for window in kwargs["windows"]):
-        raise ValueError(f"windows must be pairs (low, high) with low < high, got {kwargs['windows']}")
+    if not kwargs["windows"] or not all(
+        len(window) == 2 and -math.inf < window[0] < window[1] < math.inf for window in kwargs["windows"]
+    ):
+        raise ValueError(f"windows must be pairs (low, high) of finite numbers, low < high, got {kwargs['windows']}")
+    for key, (allows, wanted) in NUMBERS.items():
+        value = kwargs[key]
+        if isinstance(value, bool) or not isinstance(value, Real) or not allows(value):
+            raise ValueError(f"{key} must be {wanted}, got {value!r}")
+    kwargs["num_local_views"] = _whole(kwargs["num_local_views"])
     choices = {"global_fit": GLOBAL_FITS, "intensity": INTENSITIES, "view_sampling": VIEW_SAMPLINGS}
     for key, allowed in choices.items():
         if kwargs[key] not in allowed:
@@ -166,7 +240,9 @@ def describe(processor: Any) -> str:
     sampling = {
         "independent": "each placed at random in the body",
         "overlapping": f"placed in pairs that share at least {processor.view_overlap:g} of their volume",
-        "aligned": f"at the same places of the body in every volume, moved by at most {processor.view_jitter:g} of it",
+        # The body's box is 2 units wide, from -1 to 1.
+        "aligned": "at the same places of the body in every volume, moved by at most "
+        f"{processor.view_jitter / 2:g} of its box per axis",
     }[processor.view_sampling]
     sizes = [" x ".join(str(extent) for extent in size) for size in (processor.global_size, processor.local_size)]
     lines = [
@@ -194,6 +270,8 @@ __all__ = [
     "T3DImageProcessorKwargs",
     "check_views",
     "describe",
+    "has_axes",
+    "per_image",
     "refuse_unknown",
     "standardise",
 ]

@@ -213,11 +213,15 @@ def check_declared_range(values: np.ndarray | ValueSurvey, intensity: str, name:
         raise VolumeIntensityError(f"{name}: every voxel is {minimum:g}; there is no image in this volume")
 
 
-def value_range(values: np.ndarray | ValueSurvey, intensity: str) -> tuple[float, float]:
+def value_range(values: np.ndarray | ValueSurvey, intensity: str, name: str = "the volume") -> tuple[float, float]:
     """The values that become -1 and 1 under a declared intensity other than `"hu"`.
 
     `"zscore"` gives mean -+ standard deviation of the voxels above a tenth of the way from the 0.5th to the 99.5th
-    percentile (the background of an MR scan would dominate both), `"percentile"` these two percentiles.
+    percentile (the background of an MR scan would dominate both), `"percentile"` these two percentiles. `name` is
+    what messages call the volume.
+
+    Raises:
+        VolumeIntensityError: `"zscore"` of a volume without a foreground, or with a constant one, as masks have.
     """
     if intensity == "unit":
         return 0.0, 1.0
@@ -231,6 +235,10 @@ def value_range(values: np.ndarray | ValueSurvey, intensity: str) -> tuple[float
     if intensity == "percentile":
         return low, high
     foreground = sample[sample > low + 0.1 * (high - low)]
+    if foreground.size == 0 or foreground.min() == foreground.max():
+        raise VolumeIntensityError(
+            f"{name}: intensity='zscore' finds no contrast in the foreground; use 'unit' or 'percentile'"
+        )
     mean, deviation = float(foreground.mean()), max(float(foreground.std()), 1e-6 * (high - low))
     return mean - deviation, mean + deviation
 

@@ -138,7 +138,7 @@ def open_nifti(source: str, time_index: int | None = None) -> NiftiFile:
     """
     nibabel = import_nibabel(source)
     try:
-        image = nibabel.load(source, keep_file_open=False)
+        image = _load(nibabel, source)
         shape, dtype = image.shape, image.get_data_dtype()
         proxy = image.dataobj
         offset = int(proxy.offset)
@@ -171,6 +171,16 @@ def open_nifti(source: str, time_index: int | None = None) -> NiftiFile:
         image=None if usual else image,
         time=time,
     )
+
+
+def _load(nibabel: Any, source: str) -> Any:
+    """nibabel's image of a path, whose suffix may be in any case."""
+    if source.endswith((".nii", ".nii.gz")):
+        return nibabel.load(source, keep_file_open=False)
+    # From a suffix in mixed case nibabel makes the name of another file, one in lower case: it is given the file.
+    is_second = nibabel.Nifti2Image.path_maybe_image(source)[0]
+    kind = nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
+    return kind.from_file_map({"image": nibabel.FileHolder(filename=source)}, keep_file_open=False)
 
 
 def nifti_geometry(source: str, image: Any) -> tuple[np.ndarray, tuple[str, ...]]:

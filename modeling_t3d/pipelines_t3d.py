@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
+from .image_settings_t3d import has_axes, per_image
+
 logger = logging.get_logger(__name__)
 
 _PHANTOMS_ALONE = (
@@ -121,7 +123,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
             candidate_labels (`list[str]` or `str`): names to score; a string is split on commas.
             affine (`np.ndarray` of shape `(4, 4)`, *optional*):
                 Maps the indices of an array, in its own axis order, to RAS+ world (x, y, z) in mm. For a list of
-                arrays a list of affines, or one for all.
+                arrays a list of affines, or one for all; `None` in it for a file.
             series, time_index (`int`, *optional*): which series of a DICOM folder, by its place in
                 `list_series(path)`; which volume of a 4-D file. For a list of volumes one each, or one for all.
             hypothesis_template (`str` or a pair of them, *optional*):
@@ -170,12 +172,8 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
         """The volumes of a list with what was given for each, and with their places in it for messages."""
         named: list[dict[str, Any]] = [{"name": f"volume {index}"} for index in range(len(volumes))]
         for option, value in options.items():
-            is_single = value is None or np.ndim(value) == (2 if option == "affine" else 0)
-            values = [value] * len(volumes) if is_single else list(value)
-            if len(values) != len(volumes):
-                raise ValueError(
-                    f"{option} has {len(values)} entries for {len(volumes)} volumes: give one each, or one for all"
-                )
+            is_single = has_axes(2 if option == "affine" else 0)
+            values = per_image(value, len(volumes), option, is_single, "volumes")
             for item, its_own in zip(named, values, strict=True):
                 item[option] = its_own
         for item, volume in zip(named, volumes, strict=True):

@@ -6,6 +6,7 @@ Every source voxel is touched once: planes are surveyed, cleared of padding, res
 body's cells while they are in the processor's cache, those of a file while the rest of it is being decompressed.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,10 @@ from .volume_transforms_t3d import BodyMask, CellMeans, body_cell, find_body, wh
 
 SLAB = 1 << 21  # bytes decompressed at a time: a few planes that stay in the cache
 SLABS_AHEAD = 4  # decompressed slabs that may wait for the resampler
+# No table moves a body much further than 2 m, through a bore of less than 1 m; the rest is room for rotated boxes.
+# What is larger has a wrong voxel size, and its model grid could take all memory.
+MAXIMUM_EXTENT = 3000.0  # mm, along any axis
+MAXIMUM_BOX = 4e9  # mm^3
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,13 @@ class Preparation:
                     return self._stream(image, canonical, name)
                 with naming(image.source):
                     image = image.read()
-            volume = image.to_canonical(contiguous=False, sheared=True)
+            return self._resample(image.to_canonical(contiguous=False, sheared=True), name)
         except VolumeGeometryError as error:
             raise VolumeGeometryError(f"{name}: {error}") from None
-        return self._resample(volume, name)
+        except MemoryError:
+            raise VolumeGeometryError(
+                f"{name}: the volume does not fit in memory on the model grid; use a coarser spacing"
+            ) from None
 
     def _turns(self, volume: Volume) -> bool:
         """Whether the axes of the model grid are others than those of a volume in canonical order."""
@@ -101,7 +109,7 @@ class Preparation:
         array = volume.array if padding is None else _PaddedPlanes(volume.array, padding)
         if self._turns(volume):
             turned = affine_sampling(volume.shape, volume.affine, self.spacing, upright=self.deoblique)
-            grid = _ModelGrid(self.intensity, turned.shape, turned.affine)
+            grid = _ModelGrid(self.intensity, volume, turned.shape, turned.affine)
             outside = self._outside(survey, limits)
             resample_affine(array, turned, outside, grid.deliver, self.antialias)
             if volume.is_sheared:
@@ -144,7 +152,7 @@ class Preparation:
         check_finite(survey, name)
         if self.intensity != "hu":
             check_declared_range(survey, self.intensity, name)
-            return value_range(survey, self.intensity), None
+            return value_range(survey, self.intensity, name), None
         padding = check_hounsfield(survey, name) if self.check_intensity else survey.padding()
         # Each padding value is the minimum of what the ones before it left over.
         return None, padding[-1] if padding else None
@@ -189,10 +197,27 @@ def _is_tilted(affine: np.ndarray) -> bool:
     return bool(np.abs(axis_directions(affine)[:, ::-1] - np.eye(3)).max() > SHEAR_TOLERANCE)
 
 
+def _check_extent(volume: Volume, shape: Sequence[int], spacing: Sequence[float]) -> None:
+    """Refuses a volume (in canonical order) larger than any body, where its model grid has more voxels than itself."""
+    extent = [count * step for count, step in zip(shape, spacing, strict=True)]
+    is_larger = max(extent) > MAXIMUM_EXTENT or math.prod(extent) > MAXIMUM_BOX
+    if is_larger and math.prod(shape) > volume.array.size:
+        own, voxel, grid, step = (
+            " x ".join(f"{value:.6g}" for value in values)
+            for values in (np.multiply(volume.shape, volume.spacing), volume.spacing, shape, spacing)
+        )
+        raise VolumeGeometryError(
+            f"it extends over {own} mm (z y x, voxels of {voxel} mm), more than any body, and would take {grid} "
+            f"voxels on the model grid of {step} mm; mend the voxel size in the header, or pass the right affine or "
+            "spacing"
+        )
+
+
 class _ModelGrid:
     """Where the planes of one volume go: int16 HU or float32 on the model grid, and the means of the body's cells."""
 
-    def __init__(self, intensity: str, shape: Sequence[int], affine: np.ndarray):
+    def __init__(self, intensity: str, volume: Volume, shape: Sequence[int], affine: np.ndarray):
+        _check_extent(volume, shape, spacing_from_affine(affine))
         self.affine = affine
         self.array = np.empty(shape, dtype=np.int16 if intensity == "hu" else np.float32)
         self._values = torch.from_numpy(self.array)
@@ -201,7 +226,8 @@ class _ModelGrid:
     @classmethod
     def along(cls, intensity: str, volume: Volume, samplings: Sequence[AxisSampling]) -> "_ModelGrid":
         """The grid that has the volume's own axes."""
-        return cls(intensity, [sampling.count for sampling in samplings], sampled_affine(volume.affine, samplings))
+        shape = [sampling.count for sampling in samplings]
+        return cls(intensity, volume, shape, sampled_affine(volume.affine, samplings))
 
     def deliver(self, z: int, plane: torch.Tensor) -> None:
         """Takes plane `z`, whose values are changed."""

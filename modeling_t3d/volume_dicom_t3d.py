@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,8 +61,7 @@ PIXEL_KEYWORDS = [
 
 
 @contextlib.contextmanager
-def quiet_parsers() -> Iterator[None]:
-    """Silence what parsers warn and log: they repeat header values, which may identify a person."""
+def _silence() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel", "nibabel.global")]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
@@ -73,6 +73,42 @@ def quiet_parsers() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+class _SharedSilence:
+    """One silence from the first reader that enters to the last that leaves.
+
+    Filters and loggers are the whole process's: readers in several threads that each saved and restored them would
+    end the silence of one another, and leave behind what they found half-way.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._undo = threading.Lock(), contextlib.ExitStack()
+        self._num_readers = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_readers == 0:
+                self._undo.enter_context(_silence())
+            self._num_readers += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._num_readers -= 1
+            if self._num_readers == 0:
+                self._undo.close()
+
+
+_SHARED_SILENCE = _SharedSilence()
+
+
+def quiet_parsers() -> contextlib.AbstractContextManager[None]:
+    """Silence what parsers warn and log: they repeat header values, which may identify a person."""
+    return _SHARED_SILENCE
+
+
+class _NotAVolume(Refused):
+    """Why an image has no voxels in space, such as a dose screen: the other series of its study do without it."""
 
 
 def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
@@ -143,7 +179,7 @@ def _slices(dataset: Any, file: int, file_size: int) -> tuple[list[Slice], int]:
     if str(dataset.get("Modality")) in NOT_SCANS or not rows or not columns:
         return [], 0
     if _number(dataset, "SamplesPerPixel", 1.0) != 1 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise Refused("it holds colour pixels, not one value per voxel")
+        raise _NotAVolume("it holds colour pixels, not one value per voxel")
     if dataset.get("ModalityLUTSequence"):
         raise Refused("its values are given by a look-up table; convert it to rescaled values first")
     size, num_frames = (int(rows), int(columns)), int(_number(dataset, "NumberOfFrames", 1.0))
@@ -155,7 +191,7 @@ def _slices(dataset: Any, file: int, file_size: int) -> tuple[list[Slice], int]:
         if _is_localiser(dataset.get("ImageType"), description):
             return [], 1
         if num_frames > 1:
-            raise Refused("it holds several frames without a position for each")
+            raise _NotAVolume("it holds several frames without a position for each")
         return [_read_slice(file, 0, size, [dataset] * 4)], 0
     shared = dataset.get("SharedFunctionalGroupsSequence") or [{}]
     frames = dataset["PerFrameFunctionalGroupsSequence"].value
@@ -231,6 +267,7 @@ def _import_pydicom(source: str) -> Any:
 def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
     """All series with places in space, in order of their first file, and notes on what was left out."""
     grouped: dict[tuple, _Series] = {}
+    not_volumes: dict[Any, VolumeReadError] = {}
     localisers, others = 0, 0
     for index, file in enumerate(folder.files):
         dataset = folder.read(index, stop_before_pixels=True, specific_tags=HEADER_KEYWORDS)
@@ -240,10 +277,15 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             others += 1
             continue
         try:
-            slices, left_out = _slices(dataset, index, os.path.getsize(file))
             modality = str(dataset.get("Modality"))
             # Without a UID, the series number is all that tells series apart; multi-frame objects stand alone.
-            key = str(dataset.get("SeriesInstanceUID") or ""), str(dataset.get("SeriesNumber") or "")
+            number = str(dataset.get("SeriesNumber") or "")
+            key = str(dataset.get("SeriesInstanceUID") or "") or ("", number)
+            slices, left_out = _slices(dataset, index, os.path.getsize(file))
+        except _NotAVolume as refused:
+            not_volumes.setdefault(key, folder.error(str(refused), index))
+            others += 1
+            continue
         except Refused as refused:
             raise folder.error(str(refused), index) from None
         except Exception as error:  # elements are parsed on access, so damage may show only here
@@ -253,11 +295,15 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
         if slices:
             alone = index if len(slices) > 1 else None
             named = modality if modality in NAMED_MODALITIES else "other"
-            series = grouped.setdefault((key[0] or key, alone), _Series(named, []))
+            series = grouped.setdefault((key, alone), _Series(named, []))
             series.slices.extend(slices)
-    found = list(grouped.values())
-    placed = [one for one in found if any(entry.position is not None for entry in one.slices)]
-    others += sum(len(one.slices) for one in found) - sum(len(one.slices) for one in placed)
+    placed = {key: one for key, one in grouped.items() if any(entry.position is not None for entry in one.slices)}
+    others += sum(len(one.slices) for key, one in grouped.items() if key not in placed)
+    placed_keys = {key for key, _ in placed}
+    for key, refusal in not_volumes.items():
+        # Within a series it stands where a slice is due: leaving it out would leave a gap.
+        if not placed or key in placed_keys:
+            raise refusal
     if not placed:
         archives = {kind for file in folder.files if (kind := archive_kind(file))}
         kinds = "localisers only" if localisers else "no image with a position in space"
@@ -265,7 +311,7 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             raise folder.error(f"holds {kinds}, but {' and '.join(sorted(archives))}; unpack it first")
         raise folder.error(f"holds {kinds}; pass a folder or file with an image series")
     notes = [f"{localisers} localiser image(s) left out"] if localisers else []
-    return placed, notes + ([f"{others} file(s) that are no DICOM scan left out"] if others else [])
+    return list(placed.values()), notes + ([f"{others} file(s) that are no DICOM scan left out"] if others else [])
 
 
 def _oriented(folder: _Folder, found: list[_Series]) -> list[_Series]:
@@ -369,7 +415,8 @@ def _stacked_pixels(folder: _Folder, slices: Sequence[Slice]) -> np.ndarray:
         if index == 0:
             array = np.empty((len(slices), *values.shape), dtype=values.dtype)
         elif values.dtype != array.dtype:
-            array = array.astype("float32" if "f" in (values.dtype.kind, array.dtype.kind) else "int32")
+            wider = "float32" if "f" in (values.dtype.kind, array.dtype.kind) else "int32"
+            array = array.astype(wider, copy=False)  # every slice may differ from an array that is wide enough
         array[index] = values
     return array
 

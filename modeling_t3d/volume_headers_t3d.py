@@ -101,11 +101,13 @@ class TextHeader(NamedTuple):
         held: the most bytes of voxels that its files can hold.
         packed: file, first byte and number of bytes of voxels that are deflated; None where they are not, or where
             the header names several files.
+        is_nrrd: whether it is an NRRD header, by its first bytes; else it is MetaImage.
     """
 
     fields: dict[str, str]
     held: int
     packed: tuple[str, int, int] | None
+    is_nrrd: bool
 
 
 def _fields(source: str) -> tuple[dict[str, str], int, bool]:
@@ -158,12 +160,12 @@ def read_text_header(source: str) -> TextHeader:
     deflated = fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "").lower() in DEFLATED
     is_text = fields.get("binarydata", "").lower() == "false" or fields.get("encoding", "raw").lower() != "raw"
     if not deflated:
-        return TextHeader(fields, held * MAXIMUM_ITEM if is_text else held, None)
+        return TextHeader(fields, held * MAXIMUM_ITEM if is_text else held, None, is_nrrd)
     packed = None
     if data is not None and fields.get("lineskip", "0") == "0":
         size = int(fields.get("compresseddatasize", 0)) or os.path.getsize(data)
         packed = data, start if data == source else 0, size
-    return TextHeader(fields, held * MAXIMUM_DEFLATE, packed)
+    return TextHeader(fields, held * MAXIMUM_DEFLATE, packed, is_nrrd)
 
 
 def detached_files(source: str) -> list[str]:

@@ -15,6 +15,14 @@ from .volume_arithmetic_t3d import rescale
 from .volume_headers_t3d import check_deflated, check_promise, damaged, pick_time, read_text_header
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# The spaces of NRRD whose axes are anatomical, by the names that SimpleITK gives them, and what turns (x, y, z) of the
+# geometry that it hands out to LPS: those without time it turns itself.
+NRRD_TO_LPS = {
+    **dict.fromkeys(("left-posterior-superior", "right-anterior-superior", "left-anterior-superior"), (1, 1, 1)),
+    "left-posterior-superior-time": (1, 1, 1),
+    "right-anterior-superior-time": (-1, -1, 1),
+    "left-anterior-superior-time": (1, -1, 1),
+}
 
 
 def read_itk(source: str, time_index: int | None) -> Volume:
@@ -36,6 +44,8 @@ def read_itk(source: str, time_index: int | None) -> Volume:
     try:
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(source)
+        # Left to itself, SimpleITK tells MetaImage by its suffix, which must be in lower case.
+        reader.SetImageIO("NrrdImageIO" if header.is_nrrd else "MetaImageIO")
         reader.ReadImageInformation()
         shape, dimension = reader.GetSize(), reader.GetDimension()
         kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
@@ -52,15 +62,21 @@ def read_itk(source: str, time_index: int | None) -> Volume:
         # The image that is cut out of a 4-D file has lost the file's directions: the reader still has them.
         image = reader.Execute()
         volume = _to_volume(SimpleITK, image, reader)
+        space = reader.GetMetaData("NRRD_space") if header.is_nrrd and reader.HasMetaDataKey("NRRD_space") else ""
     except VolumeError:
         raise
     except Exception as error:  # the reader raises RuntimeError with text of its own for everything
         raise damaged(source, "NRRD or MetaImage", error) from None
     finally:
         SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
-    oriented = {"space", "spacedimension", "transformmatrix", "orientation", "rotation"} & set(header.fields)
+    if header.is_nrrd:
+        oriented = space in NRRD_TO_LPS and "spacedirections" in header.fields
+    else:
+        oriented = not header.fields.keys().isdisjoint({"transformmatrix", "orientation", "rotation"})
     notes = () if oriented else ("the header gives no orientation: the axes are taken as left, posterior, superior",)
-    return Volume(volume.array, volume.affine, source=source, warnings=notes)
+    # After the turn from LPS to RAS of `_to_volume`: both only change signs of world axes, in any order.
+    affine = np.diag([*NRRD_TO_LPS.get(space, (1, 1, 1)), 1]) @ volume.affine
+    return Volume(volume.array, affine, source=source, warnings=notes)
 
 
 def from_simple_itk(image: Any) -> Volume:

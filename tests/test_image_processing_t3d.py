@@ -386,6 +386,26 @@ def test_error_in_a_list_names_the_volume():
         make_processor()([])
 
 
+def test_lists_of_arrays_and_files(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(body_array().transpose(2, 1, 0), AFFINE @ np.eye(4)[[2, 1, 0, 3]]), path)
+    array, processor = body_array(), make_processor()
+    expected = processor([array, path], affine=[AFFINE.tolist(), None])["pixel_values"]
+    assert torch.equal(expected[0], processor(array, affine=AFFINE)["pixel_values"][0])
+    assert torch.equal(expected[1], processor(path)["pixel_values"][0])
+    for affines in ([AFFINE, None], (torch.from_numpy(AFFINE), None)):
+        assert torch.equal(processor([array, path], affine=affines)["pixel_values"], expected)
+    assert torch.equal(processor([path, array], affine=[None, AFFINE])["pixel_values"], expected.flip(0))
+    for spacings, axes in (([(4, 4, 4), None], ["SAR", None]), ((None, [4, 4, 4]), (None, "SAR"))):
+        images = [path, array] if spacings[0] is None else [array, path]
+        mixed = processor(images, volume_spacing=spacings, volume_axes=axes)["pixel_values"]
+        assert torch.equal(mixed, expected.flip(0) if spacings[0] is None else expected)
+    with pytest.raises(VolumeGeometryError, match="volume 1: the affine is not a numeric matrix"):
+        processor([array, array], affine=[AFFINE, [[1, 2], [3]]])
+    with pytest.raises(ValueError, match=r"views gives None for one image of several.*\[None, 2\]"):
+        processor([array, array], affine=AFFINE, views=[None, 2])
+
+
 def test_exactly_45_degrees_is_refused():
     affine = rotation(45, (0, 0, 1)) @ AFFINE
     with pytest.raises(VolumeGeometryError, match="45 degrees"):

@@ -130,7 +130,7 @@ ALLOWED = {
         "pretrained_model_t3d",
         "restoration_t3d",
     },
-    "pipelines_t3d": {"geometry_t3d", "modeling_t3d", "processing_t3d"},
+    "pipelines_t3d": {"geometry_t3d", "image_settings_t3d", "modeling_t3d", "processing_t3d"},
     "data": {
         "counter_noise_t3d",
         "geometry_t3d",

@@ -141,3 +141,12 @@ def test_windows_become_channels():
     torch.testing.assert_close(channels[1].flatten(), torch.tensor([-1.0, -1.0, -0.2, 0.0, 1.0]))
     assert values[0, 0, 0] == -2000.0  # the input stays
     assert apply_windows(values, ((-1000, 1000),), clip=False)[0, 0, 0, 0] == -2.0
+
+
+@pytest.mark.parametrize("place", [(51, 51, 51), (slice(20, 44),) * 3], ids=["between the sample", "mask"])
+def test_a_foreground_without_contrast_has_no_deviation(place):
+    array = np.zeros((128, 128, 128), dtype=np.float32)  # every second voxel along an axis is in the sample
+    array[place] = 1
+    with pytest.raises(VolumeIntensityError, match=r"^v: .*no contrast in the foreground; use 'unit' or 'percentile'"):
+        value_range(array, "zscore", "v")
+    assert value_range(array, "percentile") == (0.0, 1.0)

@@ -158,3 +158,18 @@ def test_a_header_that_promises_terabytes_allocates_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(nifti_stream_t3d.np, "empty", refuse)
     with pytest.raises(VolumeReadError, match=r"large.nii.gz: its header promises 32767x32767x32767"):
         open_nifti(str(path))
+
+
+@pytest.mark.parametrize("name", ["scan.NII", "scan.Nii", "scan.NII.GZ", "scan.Nii.gz", "scan.nii.Gz"])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_suffixes_may_be_in_any_case(tmp_path, name, kind):
+    stored = numbers("i2")
+    path = write(tmp_path / name.lower(), stored, kind=kind)
+    path.rename(tmp_path / name)
+    write(path, stored[:2] + 1)  # another file, whose name differs in case alone
+    volume = read_volume(tmp_path / name)
+    np.testing.assert_array_equal(volume.array, stored)
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
+    (tmp_path / name).write_bytes(b"not a header")
+    with pytest.raises(VolumeReadError, match="not a readable NIfTI file"):
+        read_volume(tmp_path / name)

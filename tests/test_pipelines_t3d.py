@@ -69,6 +69,8 @@ def test_pipeline_loads_a_saved_folder(tmp_path, scan):
     tiny_processor().save_pretrained(tmp_path)
     loaded = pipeline(TASK, model=str(tmp_path), device="cpu")
     assert isinstance(loaded, ZeroShotVolumeClassificationPipeline)
+    loading = {"use_safetensors": True, "max_memory": {"cpu": "8GiB"}}
+    pipeline(TASK, model=str(tmp_path), device="cpu", model_kwargs=loading)
     direct = pipeline(TASK, model=model, processor=tiny_processor(), device="cpu")
     # Some CPUs round products by address: copies lie as new weights do, loaded ones where the file has them.
     loaded.model._apply(torch.clone)
@@ -199,6 +201,7 @@ def test_list_of_arrays_takes_affines(classifier):
     assert classifier(arrays, LABELS, affine=affines) == expected
     assert classifier(tuple(arrays), LABELS, affine=affines[0]) == expected
     assert classifier([], LABELS) == []
+    assert classifier([arrays[0], volumes[1]], LABELS, affine=[affines[0], None]) == expected
     with pytest.raises(ValueError, match="affine has 1 entries for 2 volumes"):
         classifier(arrays, LABELS, affine=affines[:1])
 

@@ -11,7 +11,7 @@ import torch
 from body_phantom import body_array, orientations, rotation, upright_affine
 
 from modeling_t3d import preparation_t3d, resample_t3d
-from modeling_t3d.geometry_t3d import VolumeError, VolumeIntensityError, VolumeReadError
+from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError, VolumeIntensityError, VolumeReadError
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.volume_io_t3d import write_nifti
 
@@ -173,3 +173,49 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
         tracemalloc.stop()
         sizes.append(2 * depth * 64 * 64)
     assert peaks[1] - peaks[0] < 0.4 * (sizes[1] - sizes[0])
+
+
+@pytest.mark.parametrize("deoblique", [False, True])
+def test_a_damaged_voxel_size_is_refused_before_anything_is_allocated(tmp_path, monkeypatch, deoblique):
+    """64 voxels of 40 mm along each axis would take 37 GiB."""
+    monkeypatch.setattr(preparation_t3d, "CellMeans", None)  # what follows the grid
+    affine = upright_affine((40.0, 40.0, 40.0))
+    affine = rotation(20, (1, 2, 3)) @ affine if deoblique else affine
+    processor = make_processor(spacing=(1.5, 0.75, 0.75), deoblique=deoblique)
+    path = save(tmp_path / "scan.nii.gz", body_array((64, 64, 64)), affine)
+    for image, arguments, name in ((path, {}, path), (body_array((64, 64, 64)), {"affine": affine}, "volume 0")):
+        with pytest.raises(VolumeGeometryError) as caught:
+            processor(image, **arguments)
+        message = str(caught.value)
+        assert message.startswith(f"{name}: it extends over 2560 x 2560 x 2560 mm")
+        assert "voxels of 40 x 40 x 40 mm" in message
+        assert "on the model grid of 1.5 x 0.75 x 0.75 mm" in message
+        assert ("1707 x 3414 x 3414 voxels" in message) == (not deoblique)
+
+
+def test_large_scans_are_no_damage():
+    def check(shape, spacing, new_spacing):
+        nothing = np.broadcast_to(np.zeros(1, dtype=np.int16), shape)
+        new_shape = [round(count * old / new) for count, old, new in zip(shape, spacing, new_spacing, strict=True)]
+        preparation_t3d._check_extent(Volume(nothing, upright_affine(spacing)), new_shape, new_spacing)
+
+    check((2000, 512, 512), (1.0, 1.5, 1.5), (0.75, 0.75, 0.75))  # a whole body, 2 m
+    check((64, 64, 64), (40.0, 40.0, 40.0), (40.0, 40.0, 40.0))  # no more voxels than there are
+    for spacing in ((50.0, 1.0, 1.0), (20.0, 20.0, 20.0)):  # along one axis, along all
+        with pytest.raises(VolumeGeometryError, match="more than any body"):
+            check((100, 100, 100), spacing, (0.75, 0.75, 0.75))
+
+
+def test_memory_that_is_not_there_is_a_typed_error(tmp_path, monkeypatch):
+    path = save(tmp_path / "scan.nii.gz", scan())
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(preparation_t3d, "CellMeans", fail)
+    for image, affine, name in ((path, None, path), (scan(), AFFINE, "the volume")):
+        with pytest.raises(VolumeError) as caught:
+            make_processor().prepare(image, affine)
+        assert (
+            str(caught.value) == f"{name}: the volume does not fit in memory on the model grid; use a coarser spacing"
+        )

@@ -10,8 +10,10 @@ import gzip
 import io
 import logging
 import pickle
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -24,6 +26,7 @@ from modeling_t3d.data.datasets import PretrainingDataset
 from modeling_t3d.data.manifest import ManifestRow
 from modeling_t3d.geometry_t3d import VolumeError
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
+from modeling_t3d.volume_dicom_t3d import quiet_parsers
 from modeling_t3d.volume_io_t3d import list_series, read_volume, write_nifti
 
 SimpleITK = pytest.importorskip("SimpleITK")
@@ -207,3 +210,32 @@ def test_errors_and_logs_hold_nothing_of_the_header(marked, tmp_path, caplog, ca
     assert num_refused > 25
     shown += [record.getMessage() for record in caplog.records] + [str(one.message) for one in caught]
     assert_unmarked("errors and logs", "\n".join([*shown, *capfd.readouterr()]))
+
+
+def test_the_reader_that_ends_last_ends_the_silence(caplog):
+    """Two readers in two threads, of which the first to begin ends while the other one still reads."""
+    second_reads, first_ended = threading.Event(), threading.Event()
+    logger = logging.getLogger("pydicom")
+
+    def read() -> bool:
+        with quiet_parsers():
+            second_reads.set()
+            ended = first_ended.wait(60)
+            warnings.warn(MARKS[0], stacklevel=1)
+            logger.error(MARKS[0])
+            return ended
+
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(1) as threads:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with quiet_parsers():
+            second = threads.submit(read)
+            assert second_reads.wait(60)
+        first_ended.set()
+        assert second.result()
+        assert not caught
+        assert not caplog.records
+        assert warnings.filters == before
+        assert not logger.disabled
+        warnings.warn("of another", stacklevel=1)
+        assert len(caught) == 1

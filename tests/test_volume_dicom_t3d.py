@@ -4,6 +4,7 @@
 
 import logging
 import shutil
+import tracemalloc
 import warnings
 
 import nibabel
@@ -12,7 +13,9 @@ import pytest
 from dicom_writer import SECRETS, multi_frame_elements, write_series, write_slice
 from testing_utils import shared_data
 
-from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
+from modeling_t3d import volume_dicom_t3d
+from modeling_t3d.volume_io_t3d import VolumeReadError, list_series, read_volume
+from modeling_t3d.volume_slices_t3d import Slice
 
 pydicom = pytest.importorskip("pydicom")
 TILT = np.deg2rad(18.5)
@@ -76,6 +79,26 @@ def test_rescale_is_applied_slice_by_slice(tmp_path, stored):
     np.testing.assert_array_equal(wide[1], stored[1].astype(int) + 60000)
 
 
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_slices_of_several_types_are_copied_once(monkeypatch, slope):
+    """An array wide enough for all slices is not copied for each narrower one; values stay exact."""
+    narrow = np.random.default_rng(0).integers(0, 3000, (1, 128, 128)).astype(np.uint16)
+    wide = narrow + np.uint16(60000)
+    monkeypatch.setattr(volume_dicom_t3d, "_pixels", lambda folder, file: narrow if file else wide)
+    slices = [
+        Slice(file, 0, None, None, None, None, narrow.shape[1:], slope if file == 0 else 1.0, -1024.0, 1.0)
+        for file in range(40)
+    ]
+    tracemalloc.start()
+    array = volume_dicom_t3d._stacked_pixels(None, slices)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert array.dtype == (np.int32 if slope == 1.0 else np.float32)
+    np.testing.assert_array_equal(array[0], wide[0] * slope - 1024)
+    np.testing.assert_array_equal(array[1:], np.repeat(narrow.astype(int) - 1024, 39, axis=0))
+    assert peak < 1.5 * array.nbytes
+
+
 def test_empty_identifiers_and_headers_without_rescale(tmp_path, stored):
     nothing = {"SeriesInstanceUID": "", "SOPClassUID": "", "PatientName": "", "SliceThickness": None}
     write_series(tmp_path, stored, RescaleSlope=None, RescaleIntercept=None, **nothing)
@@ -116,6 +139,34 @@ def test_localisers_and_other_objects_are_left_out(tmp_path, stored):
     assert "3 file(s)" in volume.warnings[1]
     assert "localisers only" in refused(tmp_path / "scout")
     assert "no image with a position" in refused(tmp_path / "plan")
+
+
+NOT_VOLUMES = [
+    {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "Modality": "OT", "ImagePositionPatient": None},
+    {"PhotometricInterpretation": "PALETTE COLOR", "Modality": "OT"},
+    {"NumberOfFrames": 5, "Modality": "US"},
+]
+
+
+@pytest.mark.parametrize("elements", NOT_VOLUMES)
+def test_images_that_are_no_volume_do_not_block_their_study(tmp_path, stored, elements):
+    write_series(tmp_path, stored)
+    path = tmp_path / "000"  # read before the scan
+    pixels = stored if "NumberOfFrames" in elements else stored[0]
+    write_slice(path, pixels, (0, 0, 0), SeriesInstanceUID="1.9", **elements)
+    for options in ({}, {"series": 0}):
+        volume = read_volume(tmp_path, **options)
+        np.testing.assert_array_equal(volume.array, stored.astype(int) - 1024)
+        assert volume.warnings == ("1 file(s) that are no DICOM scan left out",)
+    assert list_series(tmp_path) == ("CT axial 7x6x5",)
+    expected = "without a position for each" if "NumberOfFrames" in elements else "colour pixels"
+    assert expected in refused(path)  # nothing else is there
+    shutil.copy(path, tmp_path / "again")
+    assert "2 file(s)" in read_volume(tmp_path).warnings[0]
+    path.unlink()
+    (tmp_path / "again").unlink()
+    write_slice(path, pixels, (0, 0, 0), **elements)  # in the scan's own series, where it may stand for a slice
+    assert expected in refused(tmp_path)
 
 
 def test_several_series_are_listed_without_names(tmp_path, stored):
