@@ -77,7 +77,10 @@ def make_manifest(arguments: argparse.Namespace) -> Path:
     release = build_records(arguments.layout, arguments.folder, **pairs(arguments.option))
     for note in release.notes:
         logger.warning("%s", note)
-    assign_splits(release.records, pairs(arguments.splits))
+    shares = pairs(arguments.splits)
+    assign_splits(release.records, shares)
+    for split in sorted(shares.keys() - {record["split"] for record in release.records}):
+        logger.warning("the split %s has no volume: too few patients for its share", split)
     return write_records(release.records, arguments.output / f"manifest.{arguments.format}")
 
 

@@ -153,7 +153,16 @@ def build_trainer(settings: PretrainingConfiguration) -> tuple[T3DTrainer, list[
     # Learnt positions bound the length of a report, less what RoBERTa reserves up to the padding token's number.
     positions = model.config.text_config.max_position_embeddings - 1 - (processor.tokenizer.pad_token_id or 0)
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions)
-    collator = objective_collator(model.config, processor)
+    num_channels, num_windows = model.config.vision_config.num_channels, processor.image_processor.num_channels
+    if num_channels != num_windows:
+        raise ConfigurationError(
+            f"the vision tower takes {num_channels} channel(s), and image_processor.windows gives {num_windows}: give "
+            "as many windows, or set model.overrides.vision_config.num_channels for a tower from scratch"
+        )
+    try:
+        collator = objective_collator(model.config, processor)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
     facts = {
         "data_name": data.name or Path(data.manifest).name,
         "data_description": manifest.describe(),

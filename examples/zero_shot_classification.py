@@ -3,17 +3,19 @@
 """
 Score free-text labels on a CT scan with a trained T3D model.
 
-    python examples/zero_shot_classification.py --model outputs/quickstart/model --volume scan.nii.gz \
+    python examples/zero_shot_classification.py --model outputs/quickstart/run/model --volume scan.nii.gz \
         --labels "pleural effusion" "lung nodule"
 
 The volume may be NIfTI, NRRD, MetaImage or a folder with one DICOM series. Not a medical device.
 """
 
 import argparse
+import sys
 
 from transformers import pipeline
 
 import modeling_t3d  # noqa: F401 - registers the task
+from modeling_t3d.geometry_t3d import VolumeError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,25 +38,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Load, score, print one table per scan."""
+def main() -> int:
+    """Load, score, print one table per scan; a scan that cannot be read is named, and the others go on."""
     arguments = parse_arguments()
     views = int(arguments.views) if arguments.views and arguments.views.isdecimal() else arguments.views
     classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
     width = max(map(len, arguments.labels))
+    status = 0
     for path in arguments.volume:
-        scores = classifier(
-            path,
-            candidate_labels=arguments.labels,
-            multi_label=arguments.multi_label,
-            views=views,
-            view_batch_size=arguments.view_batch_size,
-        )
+        try:
+            scores = classifier(
+                path,
+                candidate_labels=arguments.labels,
+                multi_label=arguments.multi_label,
+                views=views,
+                view_batch_size=arguments.view_batch_size,
+            )
+        except VolumeError as error:
+            print(error, file=sys.stderr)
+            status = 1
+            continue
         print(f"\n{path}")
         print(f"  {'label':<{width}}  score")
         for entry in scores:
             print(f"  {entry['label']:<{width}}  {entry['score']:.3f}")
 
+    return status
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

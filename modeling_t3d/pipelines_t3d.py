@@ -59,6 +59,18 @@ def _trained_on_phantoms_alone(provenance: dict | None) -> bool:
     return bool(sources) and all("phantom" in str(source).lower() for source in sources)
 
 
+def _as_record(volume: Any) -> dict[str, Any]:
+    """A volume with what belongs to it, if it does not come so. TorchIO's images are dictionaries, too."""
+    if isinstance(volume, dict) and "volume" in volume:
+        return volume
+    if type(volume) is dict:
+        raise ValueError(
+            f"a dictionary needs the key 'volume', beside 'affine', 'series' or 'time_index'; it has "
+            f"{', '.join(map(repr, volume)) or 'none'}"
+        )
+    return {"volume": volume}
+
+
 @dataclass
 class _PlannedViews:
     """A volume and where its local views lie: they are cut when the vision tower is ready for them."""
@@ -177,7 +189,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
             for item, its_own in zip(named, values, strict=True):
                 item[option] = its_own
         for item, volume in zip(named, volumes, strict=True):
-            item.update(volume if isinstance(volume, dict) else {"volume": volume})
+            item.update(_as_record(volume))
         return named
 
     def _sanitize_parameters(
@@ -224,7 +236,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
 
     def preprocess(self, inputs: Any, views: Any = None, seed: int = 0) -> dict[str, Any]:
         """One volume to its global view and, where the model's fusion reads them, the plan of its local views."""
-        item = inputs if isinstance(inputs, dict) else {"volume": inputs}
+        item = _as_record(inputs)
         processor = self.processor.image_processor
         prepared = processor.prepare(
             *(item["volume"], item.get("affine")),

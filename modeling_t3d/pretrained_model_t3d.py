@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from .pipelines_t3d import ZeroShotVolumeClassificationPipeline  # noqa: F401
 
 # Transformers would name the saved class's own Auto class alone; a folder serves every model that can load from it.
+# Not a classifier from a dual encoder's: Auto classes take no class of another configuration from a folder.
 _AUTO_MAPS = {
     "t3d": {
         "AutoModel": "modeling_t3d.T3DModel",
-        "AutoModelForImageClassification": "modeling_t3d.T3DForImageClassification",
         "AutoModelForPreTraining": "modeling_pretraining_t3d.T3DForPreTraining",
         "AutoModelForZeroShotImageClassification": "modeling_t3d.T3DModel",
     },

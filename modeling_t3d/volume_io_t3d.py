@@ -377,8 +377,15 @@ def _from_array(image: Any, affine: Any, spacing: Sequence[float] | None, axes: 
     return Volume(image, affine)
 
 
-def write_nifti(volume: Volume, path: str | os.PathLike) -> None:
-    """Write a Volume as `.nii` or `.nii.gz` (sform and qform set, no rescale), whole or not at all."""
+def write_nifti(volume: Volume, path: str | os.PathLike, *, reorder: bool = False) -> None:
+    """Write a Volume as `.nii` or `.nii.gz` (sform and qform set, no rescale), whole or not at all.
+
+    Args:
+        volume: written in its array's own order of axes.
+        path: of the file.
+        reorder: write an array in the order (z, y, x), as DICOM, NRRD and MetaImage files are read, in the order
+            (x, y, z), in which other tools have these scans; any other order stays.
+    """
     source = os.fspath(path)
     suffix = next((suffix for suffix in (".nii.gz", ".nii") if source.endswith(suffix)), None)
     if suffix is None:
@@ -391,9 +398,13 @@ def write_nifti(volume: Volume, path: str | os.PathLike) -> None:
         array = rescale(array, 1.0, 0.0)
     temporary = None
     try:
-        image = nibabel.Nifti1Image(array, volume.affine)
-        image.set_sform(volume.affine, code="scanner")
-        image.set_qform(volume.affine, code="scanner")
+        affine = volume.affine
+        is_reversed = all(code in ends for code, ends in zip(volume.axis_codes, ("SI", "AP", "LR"), strict=True))
+        if is_reversed and reorder:
+            array, affine = array.transpose(), affine[:, [2, 1, 0, 3]]
+        image = nibabel.Nifti1Image(array, affine)
+        image.set_sform(affine, code="scanner")
+        image.set_qform(affine, code="scanner")
         image.header.set_xyzt_units("mm")
         handle, temporary = tempfile.mkstemp(suffix=suffix, prefix=".", dir=os.path.dirname(source) or ".")
         os.close(handle)

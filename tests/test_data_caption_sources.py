@@ -132,6 +132,19 @@ def test_a_binary_mask_needs_no_names(maps, tmp_path):
     assert MaskCaptioner()(row_of(tmp_path, masks=masks), {}).startswith("Left kidney cyst of 0.064 ml, 4.0 mm across")
 
 
+def test_a_mask_for_each_structure_is_named_by_itself(maps, tmp_path):
+    """The value 1 of a table for one map says nothing of masks that all hold 1."""
+    binary = maps["lesions"].astype(bool).astype(np.uint8)
+    masks = write_maps(tmp_path, {"kidney_left": binary, "liver": binary})
+    names = {"*": {1: "spleen", 2: "kidney left", 3: "liver"}}
+    caption = MaskCaptioner(names)(row_of(tmp_path, masks=masks), {})
+    assert caption.startswith("Left kidney of 0.064 ml")
+    assert "Liver of 0.064 ml" in caption
+    assert "Spleen" not in caption
+    with pytest.raises(CaptionError, match="row 1: the mask 'kidney_left', one of 2, holds the value 1 alone"):
+        MaskCaptioner({"*": {1: "spleen", 3: "liver"}})(row_of(tmp_path, masks=masks), {})
+
+
 def test_an_empty_mask_says_so(tmp_path):
     masks = write_maps(tmp_path, {"lesions": np.zeros((4, 4, 4), dtype=np.uint8)})
     assert MaskCaptioner()(row_of(tmp_path, masks=masks), {}) == "No structure of the masks was found in this scan."

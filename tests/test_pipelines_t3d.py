@@ -194,6 +194,16 @@ def test_batches_equal_single_calls(fusion, scan, other_scan):
         assert by_label(batched) == pytest.approx(by_label(single), rel=1e-5)
 
 
+def test_images_of_torchio_are_volumes_though_they_are_dictionaries(classifier, scan):
+    torchio = pytest.importorskip("torchio")
+    image = torchio.ScalarImage(scan)
+    expected = classifier(scan, LABELS)
+    assert classifier(image, LABELS) == expected
+    assert classifier([image], LABELS) == [expected]
+    with pytest.raises(ValueError, match=r"a dictionary needs the key 'volume', .* it has 'image'"):
+        classifier({"image": str(scan)}, LABELS)
+
+
 def test_list_of_arrays_takes_affines(classifier):
     volumes = [tiny_volume(0), tiny_volume(1)]
     arrays, affines = [volume.array for volume in volumes], [volume.affine for volume in volumes]
@@ -350,10 +360,14 @@ def test_example_prints_a_table(tmp_path, scan, monkeypatch, capsys):
     script = str(ROOT / "examples" / "zero_shot_classification.py")
     options = ["--labels", *LABELS[:2], "--views", "grid", "--device", "cpu"]
     for scoring in ([], ["--multi-label"], ["--softmax"]):
-        monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path), "--volume", str(scan), *options, *scoring])
-        runpy.run_path(script, run_name="__main__")
-        table = capsys.readouterr().out
+        volumes = [str(tmp_path / "none.nii.gz"), str(scan)] if scoring else [str(scan)]
+        monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path), "--volume", *volumes, *options, *scoring])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        assert ended.value.code == len(volumes) - 1
+        table, errors = capsys.readouterr()
         assert str(scan) in table
+        assert ("none.nii.gz: no such file" in errors) == (len(volumes) == 2)
         scores = [float(line.split()[-1]) for line in table.splitlines() if line.strip().startswith(tuple(LABELS))]
         assert len(scores) == 2
         assert (sum(scores) == pytest.approx(1, abs=2e-3)) == (scoring == ["--softmax"])

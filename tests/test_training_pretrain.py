@@ -247,6 +247,18 @@ def test_settings_of_a_tower_that_would_not_count_are_refused(pretrain, model, m
         pretrain.build_model(ModelArguments(preset="tiny", **model), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("image_processor.windows=[[-1000, 1000], [-160, 240]]", r"takes 1 channel\(s\), and .*windows gives 2"),
+        ("image_processor.num_local_views=1", "multi-view alignment needs at least 2 views"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_volumes_are_prepared(pretrain, phantoms, tmp_path, override, message):
+    with pytest.raises(ConfigurationError, match=message):
+        pretrain.build_trainer(settings_for(phantoms, tmp_path, override))
+
+
 def test_reports_are_cut_where_the_settings_say(pretrain, phantoms, tmp_path):
     trainer, _ = pretrain.build_trainer(settings_for(phantoms, tmp_path, "data.max_report_tokens=7"))
     assert trainer.collator.max_report_tokens == trainer.processor.max_report_tokens == 7

@@ -210,6 +210,21 @@ def test_detached_data_and_missing_data(tmp_path, scan):
         read_volume(tmp_path / "scan.mhd")
 
 
+def test_a_scan_of_another_format_is_written_in_the_order_of_its_axes(tmp_path, scan):
+    image = SimpleITK.GetImageFromArray(scan)
+    image.SetSpacing((0.8, 0.9, 2.5))
+    SimpleITK.WriteImage(image, str(tmp_path / "scan.mha"))
+    volume = read_volume(tmp_path / "scan.mha")
+    write_nifti(volume, tmp_path / "scan.nii.gz", reorder=True)
+    written = SimpleITK.ReadImage(str(tmp_path / "scan.nii.gz"))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(written), scan)
+    for name in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(written, name)(), getattr(image, name)(), atol=1e-5)
+    turned = Volume(volume.array.transpose(1, 0, 2), volume.affine[:, [1, 0, 2, 3]])
+    write_nifti(turned, tmp_path / "turned.nii.gz", reorder=True)
+    assert read_volume(tmp_path / "turned.nii.gz").axis_codes == turned.axis_codes
+
+
 def test_the_files_of_a_volume(tmp_path, scan):
     image = SimpleITK.GetImageFromArray(scan)
     for name in ("scan.mhd", "scan.mha", "detached.nhdr"):

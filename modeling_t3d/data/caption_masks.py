@@ -170,6 +170,15 @@ class MaskCaptioner:
     def _names(self, row: ManifestRow, mask: str, volume: Volume) -> dict[int, str]:
         names = self.label_names.get(mask, self.label_names.get("*"))
         values = [int(value) for value in np.unique(volume.array) if value]
+        if names is not None and mask not in self.label_names and values == [1] and len(row.masks) > 1:
+            # A file for each structure: the value is the same in all, and the mask's own name tells them apart.
+            own = next((name for name in names.values() if _words(name) == _words(mask)), None)
+            if own is None:
+                raise CaptionError(
+                    f"row {row.number}: the mask {mask!r}, one of {len(row.masks)}, holds the value 1 alone, and no "
+                    f'label has its name; give it names of its own, such as {{"{mask}": {{"1": "liver"}}}}'
+                )
+            return {1: own}
         if names is None:
             if len(values) > 1:
                 raise CaptionError(
@@ -183,6 +192,10 @@ class MaskCaptioner:
                 f"row {row.number}: value {unnamed[0]} of the mask {mask!r} has no name; add it to the label names"
             )
         return {value: names[value] for value in values}
+
+
+def _words(name: str) -> list[str]:
+    return name.casefold().replace("_", " ").split()
 
 
 def describe_structures(

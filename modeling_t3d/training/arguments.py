@@ -22,7 +22,8 @@ class T3DTrainingArguments:
 
     Args:
         output_dir (`str`): everything that a run writes lies below it.
-        max_steps (`int`, *optional*): optimiser steps; the schedule follows them and the run is reproducible.
+        max_steps (`int`, *optional*): optimiser steps; the schedule follows them, and on CPUs in float32 the run
+            is reproducible bit by bit (in bfloat16 rounding may differ from run to run).
         max_train_minutes (`float`, *optional*):
             Minutes of training, validation and checkpoints not counted. The schedule follows the share of the time
             that has passed, so two runs take different steps: **not** reproducible bit by bit. With `max_steps` too,
