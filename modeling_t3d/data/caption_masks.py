@@ -194,10 +194,6 @@ class MaskCaptioner:
         return {value: names[value] for value in values}
 
 
-def _words(name: str) -> list[str]:
-    return name.casefold().replace("_", " ").split()
-
-
 def describe_structures(
     volume: Volume,
     names: Mapping[int, str],
