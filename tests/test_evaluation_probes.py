@@ -36,7 +36,7 @@ def test_agrees_with_scikit_learn(inverse_penalty):
         reference.fit(standard, labels[:, column])
         np.testing.assert_allclose(probe.weight[:, column], reference.coef_[0], atol=1e-4)
         np.testing.assert_allclose(
-            probe.log_odds(features)[:, column], reference.decision_function(standard), atol=1e-3
+            probe.log_odds(features)[:, column], reference.decision_function(standard), atol=4e-4
         )
 
 
@@ -48,7 +48,7 @@ def test_constant_features_and_single_class_findings_do_no_harm():
     probe = fit_linear_probe(extended, one_class)
     np.testing.assert_allclose(probe.weight[-1], 0.0, atol=1e-12)
     np.testing.assert_allclose(
-        probe.log_odds(extended)[:, :3], fit_linear_probe(features, labels).log_odds(features), atol=1e-3
+        probe.log_odds(extended)[:, :3], fit_linear_probe(features, labels).log_odds(features), atol=4e-4
     )
     assert (probe.log_odds(extended)[:, 3] < -14).all()
     np.testing.assert_array_equal(probe.log_odds(extended)[:, 4], 0.0)

@@ -82,7 +82,7 @@ class LinearProbe:
     scale: np.ndarray
 
     def log_odds(self, features: np.ndarray) -> np.ndarray:
-        """Of shape (num_rows, num_findings) for features of shape (num_rows, num_features)."""
+        """Log-odds of shape (num_rows, num_findings) for features of shape (num_rows, num_features)."""
         standardised = (np.asarray(features, dtype=np.float64) - self.mean) / self.scale
         return standardised @ self.weight + self.bias
 
