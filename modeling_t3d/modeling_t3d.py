@@ -167,7 +167,9 @@ class T3DModel(T3DPreTrainedModel):
 
         Args:
             vision (`str`, `PathLike` or `T3DVisionModel`): a folder or Hub id of any T3D model, or a vision tower.
-            text (`str`, `PathLike` or `PreTrainedModel`): any text encoder; its pooler or head is dropped.
+            text (`str`, `PathLike` or `PreTrainedModel`):
+                Any text encoder; its pooler or head is dropped. One that reads from left to right (GPT-2, CLIP) needs
+                `text_pooling="mean"`.
             config: fields of [`T3DConfig`]; `num_frozen_text_layers` is checked against the tower and applied.
 
         Example:
@@ -537,8 +539,25 @@ def model_from_towers(
     model.base_model.vision_model.load_state_dict(vision_model.state_dict())
     weights = {name: weight for name, weight in text_model.state_dict().items() if not name.startswith("pooler.")}
     model.base_model.text_model.load_state_dict(weights)
+    _refuse_blind_first_token(model.base_model)
     model.freeze_after_loading()
     return model
+
+
+@torch.no_grad()
+def _refuse_blind_first_token(model: T3DModel) -> None:
+    """Raise where the first token's state, which is to stand for the text, does not depend on the tokens after it."""
+    if model.config.text_pooling != "first":
+        return
+    texts = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    was_training = model.training
+    _, pooled = model.eval().encode_text(texts, torch.ones_like(texts))
+    model.train(was_training)
+    if torch.equal(pooled[0], pooled[1]):
+        raise ValueError(
+            f"{type(model.text_model).__name__} reads from left to right: the state of its first token is the same "
+            'for every text that begins with it; pass text_pooling="mean"'
+        )
 
 
 class T3DForImageClassification(T3DPreTrainedModel):

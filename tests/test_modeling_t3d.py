@@ -14,6 +14,8 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     DistilBertConfig,
+    GPT2Config,
+    GPT2Model,
     RobertaConfig,
     RobertaModel,
 )
@@ -235,6 +237,16 @@ def test_towers_that_were_stored_in_16_bits_train_in_32(tmp_path, as_folders):
     model = T3DModel.from_vision_text_pretrained(*parts, num_fusion_heads=2)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     model(input_ids=torch.tensor([[2, 5]]), pixel_values=torch.zeros(1, 1, 8, 8, 8)).logits_per_image.sum().backward()
+
+
+def test_a_text_tower_that_reads_from_left_to_right_is_pooled_by_its_mean():
+    vision = T3DVisionModel(tiny_config().vision_config)
+    text = GPT2Model(GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r'GPT2Model reads from left to right.* text_pooling="mean"'):
+        T3DModel.from_vision_text_pretrained(vision, text, num_fusion_heads=2)
+    model = T3DModel.from_vision_text_pretrained(vision, text, text_pooling="mean", num_fusion_heads=2)
+    one, other = model.get_text_features(torch.tensor([[3, 7], [3, 8]])).pooler_output
+    assert not torch.allclose(one, other)
 
 
 def test_a_temperature_among_the_keywords_counts(tmp_path):
