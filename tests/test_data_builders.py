@@ -281,6 +281,18 @@ def test_rad_chestct(tmp_path):
     assert len(read_manifest(path, require_report=False).rows) == 3
 
 
+def test_rad_chestct_findings_that_no_location_shows_are_unknown_where_one_is_not_stated(tmp_path):
+    root = make_rad_chestct(tmp_path)
+    labels = {"nodule*lung": 1, "nodule*hilum": "nan", "mass*lung": 0, "mass*hilum": "", "cyst*lung": "0.0"}
+    path = root / "imgtrain_Abnormality_and_Location_Labels.csv"
+    table(path, [{"NoteAcc_DEID": "trn00001", **labels}])
+    assert build_records("rad-chestct", root).records[0]["labels"] == {"nodule": 1, "mass": None, "cyst": 0}
+    table(path, [{"NoteAcc_DEID": "trn00001", **labels, "cyst*lung": "A. Person"}])
+    with pytest.raises(LayoutError, match=rf"{path.name}: row 1: 'cyst\*lung' is not 1, 0 or empty") as caught:
+        build_records("rad-chestct", root)
+    assert "Person" not in str(caught.value)
+
+
 def test_rad_chestct_volumes_stand_upright(tmp_path):
     volume = read_rad_chestct(make_rad_chestct(tmp_path) / "trn00001.npz")
     assert (volume.spacing, volume.axis_codes) == ((0.8, 0.8, 0.8), "IPL")

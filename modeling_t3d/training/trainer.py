@@ -199,8 +199,7 @@ class T3DTrainer:
         args, state = self.args, self.state
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         training_mode(self.model, args)
-        is_evaluation_due = self.progress >= 1 or _is_multiple(state.step, args.eval_steps)
-        if state.step and is_evaluation_due and state.evaluated_step != state.step:
+        if state.step and self._step_needs_evaluation() and state.evaluated_step != state.step:
             # A signal stopped the run before the validation of its last step.
             self._evaluate(reporter)
             self.save_checkpoint()
@@ -216,9 +215,8 @@ class T3DTrainer:
                 state.elapsed_seconds += time.monotonic() - start
                 interrupted = self._agree(stop)
                 reporter.advance()
-                is_last = self.progress >= 1
-                is_evaluation_due = not interrupted and (is_last or _is_multiple(state.step, args.eval_steps))
-                is_save_due = interrupted or is_last or _is_multiple(state.step, args.save_steps)
+                is_evaluation_due = not interrupted and self._step_needs_evaluation()
+                is_save_due = interrupted or self.progress >= 1 or _is_multiple(state.step, args.save_steps)
                 if is_save_due or is_evaluation_due or _is_multiple(state.step, args.logging_steps):
                     self.session.check()
                     reporter.log(
@@ -230,6 +228,10 @@ class T3DTrainer:
                     self.save_checkpoint()
                     reporter.draw()
         return interrupted
+
+    def _step_needs_evaluation(self) -> bool:
+        """Whether a validation follows the step that was taken last."""
+        return self.progress >= 1 or _is_multiple(self.state.step, self.args.eval_steps)
 
     def _steps(self) -> Generator[list[dict[str, torch.Tensor]], None, None]:
         """Lists of micro-batches, one list per optimiser step, from where the state stands; `close` ends loading."""

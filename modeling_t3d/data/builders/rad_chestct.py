@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ...geometry_t3d import Volume, VolumeReadError, affine_from_axes
+from ..manifest_files import LABEL_VALUES
 from .release import LayoutError, Release, find_table, read_table, read_wide_table
 
 SOURCE = "https://zenodo.org/records/6406114"
@@ -88,7 +89,7 @@ def build_rad_chestct(folder: Path) -> Release:
     metadata = find_table(folder, [_METADATA, f"**/{_METADATA}", "**/CT_Scan_Metadata_*.csv"], "patients", SOURCE)
     volumes = {path.name: path for path in sorted(folder.rglob("*.npz"))}
     release = Release()
-    labels: dict[str, tuple[str, dict[str, int]]] = {}
+    labels: dict[str, tuple[str, dict[str, int | None]]] = {}
     for name, split in _SPLITS.items():
         pattern = f"img{name}_Abnormality_and_Location_Labels.csv"
         path = find_table(folder, [pattern, f"**/{pattern}"], "findings and the split", SOURCE)
@@ -130,8 +131,8 @@ def build_rad_chestct(folder: Path) -> Release:
     return release
 
 
-def _read_labels(path: Path, volumes: dict[str, Path]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Study and findings, present when at any location; studies without a volume are passed over."""
+def _read_labels(path: Path, volumes: dict[str, Path]) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Study and findings, present when at any location, else unknown when at any; studies without a volume are not."""
     header, rows = read_wide_table(path, ["NoteAcc_DEID"])
     key = header.index("NoteAcc_DEID")
     places: dict[str, list[int]] = {}
@@ -139,13 +140,26 @@ def _read_labels(path: Path, volumes: dict[str, Path]) -> Iterator[tuple[str, di
         if position != key:
             places.setdefault(name.split("*", 1)[0], []).append(position)
     known = {name.removesuffix(".npz") for name in volumes}
-    for row in rows:
-        if row[key].strip() in known:
-            # Zeros are most of some four thousand cells.
-            present = {
-                position for position, cell in enumerate(row) if cell not in ("0", "", "0.0") and position != key
-            }
-            yield row[key].strip(), {name: int(not present.isdisjoint(cells)) for name, cells in places.items()}
+    for number, row in enumerate(rows, start=1):
+        if row[key].strip() not in known:
+            continue
+        # Zeros are most of some four thousand cells.
+        stated = {
+            position: cell.strip().lower()
+            for position, cell in enumerate(row)
+            if cell not in ("0", "0.0") and position != key
+        }
+        if wrong := [position for position, cell in stated.items() if cell not in LABEL_VALUES]:
+            raise LayoutError(f"{path}: row {number}: {header[wrong[0]]!r} is not 1, 0 or empty; download it again")
+        present = {position for position, cell in stated.items() if LABEL_VALUES[cell] == 1}
+        unknown = {position for position, cell in stated.items() if LABEL_VALUES[cell] is None}
+        yield (
+            row[key].strip(),
+            {
+                name: 1 if not present.isdisjoint(cells) else 0 if unknown.isdisjoint(cells) else None
+                for name, cells in places.items()
+            },
+        )
 
 
 __all__ = ["AXES", "SPACING", "build_rad_chestct", "read_rad_chestct"]
