@@ -183,7 +183,8 @@ class T3DConfig(PreTrainedConfig):
     Args:
         vision_config (`T3DVisionConfig` or `dict`, *optional*): the vision tower.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of any Hugging Face text encoder; the layout of RoBERTa-base (RadBERT-RoBERTa) by default.
+            Configuration of any Hugging Face text encoder; the layout of RoBERTa-base (RadBERT-RoBERTa) by default,
+            also for what a `dict` without `model_type` leaves out.
         projection_dim (`int`, defaults to 512): joint dimension [habit].
         projection_hidden_size (`int`, defaults to 2048): inner width of the projection heads [habit].
         text_pooling (`"first"` or `"mean"`, defaults to `"first"`):
@@ -312,6 +313,9 @@ class T3DConfig(PreTrainedConfig):
         if not type(self).__module__.startswith("transformers_modules."):
             # Where the package is imported its own pipeline serves, and nobody is asked to trust the folder's code.
             kwargs.pop("custom_pipelines", None)
+        if isinstance(self.text_config, dict) and "model_type" not in self.text_config:
+            # Transformers fills the layout in where no text tower is given, but not where single fields of it are.
+            self.text_config = {**ROBERTA_LAYOUT, **self.text_config}
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

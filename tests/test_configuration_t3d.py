@@ -125,6 +125,14 @@ def test_sub_configurations_from_nothing_dicts_and_instances():
     assert T3DConfig(text_config={"model_type": "distilbert"}).text_config.model_type == "distilbert"
 
 
+def test_single_fields_of_the_text_tower_leave_the_layout_of_roberta():
+    text = T3DConfig(text_config={"vocab_size": 100}).text_config
+    assert (text.model_type, text.vocab_size) == ("roberta", 100)
+    assert (text.max_position_embeddings, text.type_vocab_size) == (514, 1)
+    assert T3DConfig(text_config={"max_position_embeddings": 130}).text_config.max_position_embeddings == 130
+    assert T3DConfig(text_config={"model_type": "bert"}).text_config.type_vocab_size == BertConfig().type_vocab_size
+
+
 def test_attention_implementation_reaches_the_towers():
     config = T3DConfig.from_preset("tiny", attn_implementation="eager")
     assert config.vision_config._attn_implementation == config.text_config._attn_implementation == "eager"
