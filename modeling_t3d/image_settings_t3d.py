@@ -153,25 +153,33 @@ def _whole(value: Any) -> int | None:
     return int(value) if is_number and value == int(value) else None
 
 
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Several numbers as floats; nothing for anything else."""
+    entries = tuple(values) if isinstance(values, Iterable) else ()
+    return tuple(float(entry) for entry in entries) if all(isinstance(entry, Real) for entry in entries) else ()
+
+
 def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Lists become tuples; every field is checked, here and nowhere else."""
     for key, replacement in REPLACED_ARGUMENTS.items():
         if kwargs.get(key) is not None:
             raise ValueError(f"{key!r} is a setting of 2-D image processors; use {replacement} instead")
     for key in ("global_size", "local_size"):
-        given = tuple(kwargs[key])
-        kwargs[key] = tuple(_whole(extent) or 0 for extent in given)
-        if len(given) != 3 or min(kwargs[key]) < 1:
+        given = kwargs[key]
+        kwargs[key] = tuple(_whole(extent) or 0 for extent in _numbers(given))
+        if len(kwargs[key]) != 3 or min(kwargs[key]) < 1:
             raise ValueError(f"{key} must be three positive whole numbers of voxels (z, y, x), got {given}")
     if kwargs["spacing"] is not None:
-        kwargs["spacing"] = tuple(float(step) for step in kwargs["spacing"])
+        given = kwargs["spacing"]
+        kwargs["spacing"] = _numbers(given)
         if len(kwargs["spacing"]) != 3 or not all(0 < step < math.inf for step in kwargs["spacing"]):
-            raise ValueError(f"spacing must be three positive mm (z, y, x) or None, got {kwargs['spacing']}")
-    kwargs["windows"] = tuple(tuple(float(end) for end in window) for window in kwargs["windows"])
+            raise ValueError(f"spacing must be three positive mm (z, y, x) or None, got {given}")
+    given = kwargs["windows"]
+    kwargs["windows"] = tuple(_numbers(window) for window in given) if isinstance(given, Iterable) else ()
     if not kwargs["windows"] or not all(
         len(window) == 2 and -math.inf < window[0] < window[1] < math.inf for window in kwargs["windows"]
     ):
-        raise ValueError(f"windows must be pairs (low, high) of finite numbers, low < high, got {kwargs['windows']}")
+        raise ValueError(f"windows must be pairs (low, high) of finite numbers, low < high, got {given}")
     for key, (allows, wanted) in NUMBERS.items():
         value = kwargs[key]
         if isinstance(value, bool) or not isinstance(value, Real) or not allows(value):
