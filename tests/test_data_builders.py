@@ -400,6 +400,38 @@ def test_plain_folder_keeps_all_that_stands_under_equal_headings(tmp_path):
     assert record["impression"] == "Nodule.\nADDENDUM\nTold."
 
 
+@pytest.mark.parametrize(
+    ("text", "findings", "impression", "is_shortened"),
+    [
+        ("The lungs are clear. A nodule.\n\nIMPRESSION:\nBenign.", "The lungs are clear. A nodule.", "Benign.", False),
+        ("HISTORY: Cough.\nFINDINGS: Clear.\nIMPRESSION: Normal.", "Clear.", "Normal.", True),
+        ("FINDINGS: Clear. IMPRESSION: Normal.", "Clear.", "Normal.", False),
+        ("FINDINGS\nIMPRESSION\nNormal chest.", "", "Normal chest.", False),
+        (
+            "CHEST FINDINGS:\nClear.\nAbdomen findings: Gas.\nImpression and plan: Normal.",
+            "CHEST FINDINGS:\nClear.\nAbdomen findings: Gas.",
+            "Impression and plan: Normal.",
+            False,
+        ),
+        (
+            "FINDINGS:\nNo other findings\nin the chest. Impressions of teeth.",
+            "No other findings\nin the chest. Impressions of teeth.",
+            "",
+            False,
+        ),
+    ],
+)
+def test_plain_folder_keeps_findings_and_impression_however_they_are_headed(
+    tmp_path, text, findings, impression, is_shortened
+):
+    touch(tmp_path / "a.nii")
+    (tmp_path / "a.txt").write_text(text)
+    release = build_records("folder", tmp_path)
+    assert release.records[0].get("findings", "") == findings
+    assert release.records[0].get("impression", "") == impression
+    assert ("1 volumes have a report with text before its findings" in " ".join(release.notes)) == is_shortened
+
+
 def test_plain_folder_reports_are_utf8(tmp_path):
     touch(tmp_path / "a.nii")
     report = tmp_path / "a.txt"

@@ -37,6 +37,10 @@ def test_findings_are_explained_where_they_are_named_first():
         "PLEURAL EFFUSION (fluid around a lung), pleural effusion"
     )
     assert explain_findings("effusions and transeffusion", DESCRIPTIONS) == "effusions and transeffusion"
+    assert (
+        explain_findings("Small pleural\neffusion.", DESCRIPTIONS) == "Small pleural\neffusion (fluid around a lung)."
+    )
+    assert explain_findings("PLEURAL EFFUSİON", DESCRIPTIONS) == "PLEURAL EFFUSİON (fluid around a lung)"
     assert explain_findings(REPORT, {}) == REPORT
 
 

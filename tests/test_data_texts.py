@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Sentences of reports, random few of them, and their identities."""
 
+import pytest
+
 from modeling_t3d.data.texts import sample_sentences, split_sentences, stable_id
 
 REPORT = "Small left effusion. No consolidation. The heart is normal. Liver cyst of 1.5 cm."
@@ -42,6 +44,23 @@ def test_a_line_that_was_broken_for_its_length_ends_no_sentence():
         "- a cyst",
         "2) a stone",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("No evidence of pulm. embolism. Heart normal.", ["No evidence of pulm. embolism.", "Heart normal."]),
+        ("No pleural effusion, e.g. empyema. Clear.", ["No pleural effusion, e.g. empyema.", "Clear."]),
+        ("Nodule of approx. 5 mm. No change vs. Prior CT.", ["Nodule of approx. 5 mm.", "No change vs. Prior CT."]),
+        ("Seen by Dr. Who (Fig. 3, im. 12). Stable.", ["Seen by Dr. Who (Fig. 3, im. 12).", "Stable."]),
+        ("Z. n. Appendektomie. Kein Erguss.", ["Z. n. Appendektomie.", "Kein Erguss."]),
+        ("Any stone? No. Cyst of 12 mm.", ["Any stone?", "No.", "Cyst of 12 mm."]),
+        ("Hepatitis B. No ascites.", ["Hepatitis B.", "No ascites."]),
+        ("no effusion . heart normal .", ["no effusion .", "heart normal ."]),  # reports without a capital
+    ],
+)
+def test_an_abbreviation_ends_no_sentence(text, sentences):
+    assert split_sentences(text) == sentences
 
 
 def test_a_sample_holds_one_to_three_sentences_in_their_order():

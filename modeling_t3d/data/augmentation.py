@@ -17,11 +17,14 @@ from .datasets import PretrainingSample, stable_id
 _DRAWS = 3  # stream of random numbers; those of views and sentences come first
 _PARAMETERS = "augmentation_parameters"
 _SEEDS = "augmentation_seeds"
-# Words of one side only: their organ does not change sides when the words around it do. Abbreviations and words of
-# other languages may name a side, too, and are not exchanged.
+# Words of one side only: their organ does not change sides when the words around it do. Abbreviations (any of two to
+# four capitals that begin with R or L: RUL, LICA, RV) and words of other languages may name a side, too, and are not
+# exchanged.
 _ONE_SIDED = re.compile(
-    r"lingula|middle[\s_-]+lobe|dextro|levo|situs|izquierd|derech"
-    r"|\b(?-i:RUL|RML|RLL|LUL|LLL|RCA|LCA|LAD|LCX|LCx|[RL])\b|\b[rl]t\b",
+    r"lingula|middle[\s_-]+lobe|dextro|levo|situs|\b[rl]t\b"
+    r"|\b(?-i:(?!LEFT|LUNG|LOBE|RIBS?\b|LOW\b)[RL][A-Z]{1,3}|LCx|[RL])\b"
+    r"|izquierd|derech|\blink(?:s|e[rsnm]?)\b|linksseit|\brecht(?:s|e[rsnm]?)\b|rechtsseit|gauche|\bdroite?s?\b"
+    r"|esquerd|direit|sinistr|\bdestr[aeio]\b|\bsol\b|sağ|\bс?(?:лев|прав)|[左右]",
     re.IGNORECASE,
 )
 _SIDE = re.compile(
@@ -33,7 +36,7 @@ _OTHER_SIDE = {"left": "right", "right": "left"}
 def swap_sides(text: str) -> str | None:
     """
     A report with left and right exchanged; `None` if it names what cannot change sides, such as the lingula, or a side
-    in another way than by these words: an abbreviation (RUL, Lt), or Spanish.
+    in another way than by these words: an abbreviation (RUL, LICA, Lt), or another language.
 
     Example:
 

@@ -33,19 +33,20 @@ def explain_findings(text: str, descriptions: Mapping[str, str]) -> str:
     'No ascites (free fluid in the abdomen). Ascites was there before.'
 
     ```"""
-    known = {name.casefold(): description for name, description in descriptions.items()}
-    if not known:
+    names = sorted(descriptions, key=len, reverse=True)
+    if not names:
         return text
-    names = sorted(known, key=len, reverse=True)
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b", re.IGNORECASE)
-    explained: set[str] = set()
+    # A group for each: what matches without regard to case need not be equal to the name in lower case (Turkish I).
+    words = (r"\s+".join(map(re.escape, name.split())) for name in names)
+    pattern = re.compile(rf"\b(?:{'|'.join(f'({name})' for name in words)})\b", re.IGNORECASE)
+    explained: set[int] = set()
 
     def explain(match: re.Match[str]) -> str:
-        name = match[0].casefold()
-        if name in explained:
+        position = match.lastindex - 1
+        if position in explained:
             return match[0]
-        explained.add(name)
-        return f"{match[0]} ({known[name]})"
+        explained.add(position)
+        return f"{match[0]} ({descriptions[names[position]]})"
 
     return pattern.sub(explain, text)
 

@@ -12,12 +12,16 @@ MAX_SENTENCES = 3  # of a sampled text [choice]
 _MIN_WIDTH = 40  # of lines that are broken for their length, in letters [choice]
 _ITEM = re.compile(r"[-*\u2022]|\d{1,2}[.)]\s")  # what begins an item of a list
 _ITEM_NUMBER = re.compile(r"(.*[:;]\s*)?\d{1,2}\.")  # all that stands before an item's own words
+# Words that a full stop shortens before a number, and before anything; before a small letter every word may be one.
+_SHORT_BEFORE_NUMBER = re.compile(r"(?:.*[\s(])?(?:approx|ca|figs?|im|img|ser|no|nr|seg)\.", re.IGNORECASE)
+_SHORT = re.compile(r"(?:.*[\s(])?(?:dr|prof|mr|mrs|ms|st|vs|e\.\s?g|i\.\s?e|cf|incl|bzw|z\.\s?[bn])\.", re.IGNORECASE)
 
 
 def split_sentences(text: str) -> list[str]:
     """
-    Sentences of a report. A full stop inside a number or after the number of an item ends none; the end of a line
-    does, unless the line was broken for its length alone: half a sentence may affirm what the whole one denies.
+    Sentences of a report. A full stop inside a number, after the number of an item or after an abbreviation ends none;
+    the end of a line does, unless the line was broken for its length alone: half a sentence may affirm what the whole
+    one denies.
     """
     return list(_sentences(text))
 
@@ -25,10 +29,18 @@ def split_sentences(text: str) -> list[str]:
 @lru_cache(maxsize=1 << 14)
 def _sentences(text: str) -> tuple[str, ...]:
     sentences = []
+    has_capitals = text != text.lower()
     for line in _unwrapped_lines(text):
         start = 0
         for gap in re.finditer(r"(?<=[.!?])\s+", line):
-            if not _ITEM_NUMBER.fullmatch(line, start, gap.start()):
+            following = line[gap.end() :]
+            goes_on = (
+                (has_capitals and following[:1].islower())
+                or _ITEM_NUMBER.fullmatch(line, start, gap.start())
+                or _SHORT.fullmatch(line, start, gap.start())
+                or (following[:1].isdigit() and _SHORT_BEFORE_NUMBER.fullmatch(line, start, gap.start()))
+            )
+            if not goes_on:
                 sentences.append(line[start : gap.start()])
                 start = gap.end()
         sentences.append(line[start:])

@@ -9,13 +9,13 @@ Layout, all of it in one folder or in one folder per patient, and in that one pe
     patient1/study1/lung.nii.gz, patient1/study1/soft.nii.gz, patient1/study1/report.txt
 
 A volume's report has its name; volumes that have none share the `report.txt` of their folder. Reports are UTF-8;
-headings FINDINGS and IMPRESSION split one into sections, and what stands under equal headings is joined. The first
-folder below the given one names the patient, the folder of a volume the study; volumes right in the given folder are
-patients of their own.
+headings FINDINGS and IMPRESSION split one into sections, and what stands under equal headings is joined. A heading
+that says more (CHEST FINDINGS) stays in the text. What stands before IMPRESSION is the findings where no heading says
+so; what stands before FINDINGS (history, technique) is left out. The first folder below the given one names the
+patient, the folder of a volume the study; volumes right in the given folder are patients of their own.
 """
 
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ _OTHER_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff"),
     *(".npy", ".npz", ".h5", ".hdf5", ".mat", ".mgz", ".mnc", ".gz", ".zip"),
 }
-_SECTION = re.compile(r"(?:^|\n)[ \t]*(findings?|impressions?)[ \t]*(?::|\n)", re.IGNORECASE)
+_HEADING = re.compile(
+    # On a line of its own or before a colon; further words need the colon.
+    r"^[ \t]*(?i:(?P<bare>findings?|impressions?)[ \t]*(?::|$)"
+    r"|(?:[a-z/]+[ \t]+){0,3}?(?P<longer>findings?|impressions?)(?:[ \t]*(?:and|/|&)[ \t]*[a-z]+)?[ \t]*:)"
+    # Within a line in capitals alone.
+    r"|(?<=[.!?])[ \t]+(?P<inner>FINDINGS?|IMPRESSIONS?)[ \t]*:",
+    re.MULTILINE,
+)
 
 
 def build_folder(folder: Path) -> Release:
@@ -47,7 +54,7 @@ def build_folder(folder: Path) -> Release:
             "report as a .txt file of the same name beside it"
         )
     release = Release()
-    mute = 0
+    mute = shortened = 0
     used = set()
     for volume in volumes:
         stem = volume.parent / _stem(volume)
@@ -60,11 +67,16 @@ def build_folder(folder: Path) -> Release:
             mute += 1
         else:
             used.add(text_file)
-            record |= _sections(text_file)
+            sections, begins_otherwise = _sections(text_file)
+            record |= sections
+            shortened += begins_otherwise
         if stem in masks:
             record["masks"] = {"mask": masks.pop(stem)}
         release.records.append(record)
     release.note(mute, "volumes have no report; a .txt file of the same name would give one")
+    release.note(
+        shortened, "volumes have a report with text before its findings, such as a history, that was left out"
+    )
     orphans = [file for file in folder.rglob("*.txt") if file not in used and not _within(file, volumes)]
     release.note(len(orphans), "text files belong to no volume and were left out")
     release.note(len(masks), "masks belong to no volume and were left out")
@@ -117,15 +129,23 @@ def _within(file: Path, volumes: list[Path]) -> bool:
     return any(volume in file.parents for volume in volumes if volume.is_dir())
 
 
-def _sections(file: Path) -> dict[str, str]:
+def _sections(file: Path) -> tuple[dict[str, str], bool]:
+    """What a row says of a report, and whether that leaves out how the report begins."""
     with open_text(file, LayoutError) as stream:
         text = stream.read().strip()
-    parts = _SECTION.split(f"\n{text}")
-    sections: dict[str, list[str]] = defaultdict(list)
-    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
-        sections[heading.lower().rstrip("s")].append(body.strip())
-    found = {name: "\n".join(filter(None, sections[name.rstrip("s")])) for name in ("findings", "impression")}
-    return {name: body for name, body in found.items() if body} or {"report": text}
+    headings = list(_HEADING.finditer(text))
+    if not headings:
+        return {"report": text}, False
+    sections: dict[str, list[str]] = {"finding": [], "impression": []}
+    ends = [*(heading.start() for heading in headings[1:]), len(text)]
+    for heading, end in zip(headings, ends, strict=True):
+        name = heading["bare"] or heading["longer"] or heading["inner"]
+        start = heading.start() if heading["longer"] else heading.end()
+        sections[name.lower().rstrip("s")].append(text[start:end].strip())
+    beginning = text[: headings[0].start()].strip()
+    findings, impression = ("\n".join(filter(None, bodies)) for bodies in sections.values())
+    found = {"findings": findings or beginning, "impression": impression}
+    return {name: body for name, body in found.items() if body} or {"report": text}, bool(findings and beginning)
 
 
 __all__ = ["build_folder"]
