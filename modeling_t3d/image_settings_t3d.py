@@ -76,13 +76,13 @@ REPLACED_ARGUMENTS = {
 LOADER_ARGUMENTS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
 
 
-def refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str) -> None:
+def refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str, owner: str = "T3DImageProcessor") -> None:
     """Raises for a name that is not a setting, with the nearest one that is."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"T3DImageProcessor has no {kind} {key!r}{hint}")
+            raise TypeError(f"{owner} has no {kind} {key!r}{hint}")
 
 
 def check_views(views: Any) -> None:
@@ -189,13 +189,29 @@ def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
     for key, allowed in choices.items():
         if kwargs[key] not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {kwargs[key]!r}")
-    for key in ("image_mean", "image_std"):
-        if isinstance(kwargs.get(key), list):
-            kwargs[key] = tuple(kwargs[key])
-    if kwargs.get("do_normalize") and (kwargs.get("image_mean") is None or kwargs.get("image_std") is None):
-        raise ValueError("do_normalize=True needs image_mean and image_std")
+    _check_normalisation(kwargs)
     check_views(kwargs.get("views"))
     return kwargs
+
+
+def _check_normalisation(kwargs: dict[str, Any]) -> None:
+    """One finite number, or one per channel, of which deviations are above 0, and a finite factor."""
+    num_channels = len(kwargs["windows"]) if kwargs["intensity"] == "hu" else 1
+    for key in ("image_mean", "image_std"):
+        value = kwargs.get(key)
+        if value is None:
+            if kwargs.get("do_normalize"):
+                raise ValueError("do_normalize=True needs image_mean and image_std")
+            continue
+        kwargs[key] = tuple(value) if isinstance(value, list) else value
+        numbers = (float(value),) if isinstance(value, Real) else _numbers(value)
+        is_wide = key == "image_mean" or min(numbers, default=0) > 0
+        if len(numbers) not in (1, num_channels) or not is_wide or not all(map(math.isfinite, numbers)):
+            wanted = "finite numbers" if key == "image_mean" else "finite numbers above 0"
+            raise ValueError(f"{key} must hold 1 or {num_channels} (one per channel) {wanted}, got {value!r}")
+    factor = kwargs.get("rescale_factor")
+    if factor is not None and not (isinstance(factor, Real) and math.isfinite(factor)):
+        raise ValueError(f"rescale_factor must be a finite number, got {factor!r}")
 
 
 def _describe_values(processor: Any) -> list[str]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
-from .image_settings_t3d import has_axes, per_image
+from .image_settings_t3d import has_axes, per_image, refuse_unknown
 
 logger = logging.get_logger(__name__)
 
+_RECORD_KEYS = ("volume", "affine", "series", "time_index", "name")
 _PHANTOMS_ALONE = (
     "this model was trained on phantoms alone; its scores on real scans mean nothing; it is not a medical device"
 )
@@ -61,7 +62,8 @@ def _trained_on_phantoms_alone(provenance: dict | None) -> bool:
 
 def _as_record(volume: Any) -> dict[str, Any]:
     """A volume with what belongs to it, if it does not come so. TorchIO's images are dictionaries, too."""
-    if isinstance(volume, dict) and "volume" in volume:
+    if type(volume) is dict and "volume" in volume:
+        refuse_unknown(volume, _RECORD_KEYS, "key", "a volume's dictionary")
         return volume
     if type(volume) is dict:
         raise ValueError(

@@ -154,6 +154,10 @@ class T3DProcessor(ProcessorMixin):
     ):
         if report_sections not in REPORT_SECTIONS:
             raise ValueError(f"report_sections must be one of {', '.join(REPORT_SECTIONS)}, got {report_sections!r}")
+        limits = (("min_report_words", min_report_words, 0), ("max_report_tokens", max_report_tokens, 1))
+        for name, number, least in limits:
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more, got {number!r}")
         for name, template in (("present_template", present_template), ("absent_template", absent_template)):
             if template.count("{}") != 1:
                 raise ValueError(f"{name} must hold {{}} exactly once, got {template!r}")
@@ -186,6 +190,8 @@ class T3DProcessor(ProcessorMixin):
         Returns:
             The padded encoding, as tensors, and the number of reports that were truncated.
         """
+        if not reports:
+            raise ValueError("there are no reports to encode: pass at least one")
         limit = min(self.max_report_tokens, self.tokenizer.model_max_length)
         lengths = [len(ids) for ids in self.tokenizer(list(reports), verbose=False)["input_ids"]]
         encoding = self.tokenizer(
@@ -199,9 +205,10 @@ class T3DProcessor(ProcessorMixin):
 
     def make_prompts(self, labels: Sequence[str]) -> tuple[list[str], list[str]]:
         """One prompt that says a label is present and one that says it is not, for each label and its description."""
-        if isinstance(labels, str) or not labels or not all(label.strip() for label in labels):
+        names = [] if isinstance(labels, str) else list(labels)
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"labels must be a non-empty list of names, got {labels!r}")
-        labels = self.described_labels(labels)
+        labels = self.described_labels(names)
         present = [self.present_template.replace("{}", label) for label in labels]
         absent = [self.absent_template.replace("{}", label) for label in labels]
         return present, absent

@@ -209,6 +209,8 @@ class _Target:
         kind = slab.values.dtype
         if slab.mode == "logits":
             channels, kind = (), torch.uint8 if slab.values.shape[-1] <= 256 else torch.int32
+        if not kind.is_floating_point and not torch.iinfo(kind).min <= background <= torch.iinfo(kind).max:
+            kind = torch.int32  # -1 for what is to be ignored, say
         elif kind == torch.bfloat16:  # numpy has no such type
             kind = torch.float32
         self.background = torch.tensor(background, dtype=kind, device=slab.values.device)
@@ -282,7 +284,7 @@ class _Target:
         nearest = (z.nearest, y.nearest, x.nearest)
         known = (inside & (self.slab.weight[nearest] > 0)).expand(*shape)
         if elected is not None:
-            return torch.where(known, elected[nearest], self.background)
+            return torch.where(known, elected[nearest].to(self.background.dtype), self.background)
         if labels is None:
             everywhere = [place.at(None, shape) for place in places]
             values = _interpolate(self.slab, everywhere, self.between).unflatten(0, shape).permute(2, 0, 1)
@@ -338,6 +340,8 @@ def _checked(outputs: Iterable[Any], num_tiles: int, mode: str) -> Iterator[Tens
     for output in outputs:
         if number == num_tiles:
             raise ValueError(f"outputs go on after the {num_tiles} tiles; give one per tile, not one per batch")
+        if isinstance(output, np.ndarray):  # torch takes neither mirrored arrays nor another byte order
+            output = np.ascontiguousarray(output, dtype=output.dtype.newbyteorder("="))
         values = torch.as_tensor(output).detach()
         if values.ndim != num_axes or shape not in (None, values.shape):
             wanted = "(d, h, w)" if mode == "labels" else "(channels, d, h, w)"
@@ -348,6 +352,11 @@ def _checked(outputs: Iterable[Any], num_tiles: int, mode: str) -> Iterator[Tens
         if values.is_floating_point() == (mode == "labels"):
             kind = "integers" if mode == "labels" else "floating-point values"
             raise ValueError(f"the output of tile {number} is {values.dtype}: mode={mode!r} takes {kind}")
+        if values.is_floating_point() and not all(bound.isfinite() for bound in values.aminmax()):
+            raise ValueError(
+                f"the output of tile {number} holds NaN or infinite values, which would spread to its neighbours; "
+                "write -1e4 for a class that is left out, and see that the model's precision does not overflow"
+            )
         shape = values.shape
         if values.dtype == torch.bool:
             values = values.to(torch.uint8)

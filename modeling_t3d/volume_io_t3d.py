@@ -234,7 +234,7 @@ def _from_nibabel(nibabel: Any, image: Any, source: str, time_index: int | None)
     slope, intercept = 1.0, 0.0
     try:
         proxy = image.dataobj
-        if isinstance(proxy, nibabel.arrayproxy.ArrayProxy):
+        if type(proxy) is nibabel.arrayproxy.ArrayProxy:  # AFNI's scales each volume by itself
             stored, slope, intercept = proxy.get_unscaled(), float(proxy.slope), float(proxy.inter)
         else:
             stored = np.asanyarray(proxy)

@@ -215,6 +215,10 @@ WRONG = {
         [{**GOOD, "study_id": "7", "split": "train"}, {**OTHER, "study_id": "7", "split": "test"}],
         r"are one patient's",
     ),
+    "leak by a study without a patient": (
+        [{**GOOD, "patient_id": "7", "study_id": "s", "split": "train"}, {**OTHER, "study_id": "s", "split": "test"}],
+        r"rows 2 \('test'\) and 1 \('train'\) name one study, and one of them no patient; fill its 'patient_id' cell",
+    ),
     "label value": ([{**GOOD, "label:cyst": "maybe"}], r"row 1: label 'cyst' is 'maybe'; write 1, 0 or nothing"),
     "labels not JSON": ([{**GOOD, "labels": "nodule"}], r"row 1: labels is not a JSON object"),
     "rescale": ([{**GOOD, "rescale": "[0, 1]"}], r"row 1: rescale is not two numbers; write \[slope, intercept\]"),

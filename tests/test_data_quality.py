@@ -13,13 +13,15 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from dicom_writer import write_slice
 from PIL import Image
 
 from modeling_t3d.data.manifest_files import write_records
 from modeling_t3d.data.quality import MIN_VOLUMES_FOR_OUTLIERS, examine_manifest, find_outliers
 from modeling_t3d.data.quality_page import bar_chart, histogram, render, write_quality_page
 from modeling_t3d.data.quality_volume import VolumeFacts, draw, examine_volume
-from modeling_t3d.volume_io_t3d import to_volume, write_nifti
+from modeling_t3d.geometry_t3d import VolumeReadError
+from modeling_t3d.volume_io_t3d import read_volume, to_volume, write_nifti
 
 REPORT = "The lungs are clear and the heart is of normal size"
 BROWSER = next(
@@ -177,6 +179,18 @@ def test_errors_do_not_name_the_file(tmp_path):
     assert facts.error
     assert "SECRET" not in facts.error
     assert str(tmp_path) not in facts.error
+
+
+def test_erasing_names_from_an_error_leaves_its_figures(tmp_path):
+    """The names of slices, which may be bare numbers, stand in positions and steps too."""
+    folder = tmp_path / "1"
+    folder.mkdir()
+    for position in (0.0, 8.1, 18.1, 28.1, 38.1, 68.1):
+        write_slice(folder / str(int(position)), scan()[0], (0, 0, position))
+    facts = examine_volume(1, folder)
+    with pytest.raises(VolumeReadError) as caught:
+        read_volume(folder)
+    assert facts.error == str(caught.value).removeprefix(f"{folder}: ")
 
 
 def test_damaged_and_odd_files_are_facts(tmp_path):

@@ -541,6 +541,12 @@ def test_a_store_of_another_preparation_is_refused(url):
 def test_errors_name_the_remedy(url):
     with pytest.raises(StoreError, match=r"no volume store; make one with VolumeStore\.create"):
         VolumeStore(url)
+    for damaged in ("", "{", "null", "[]", '{"format": 1}'):
+        file_system, root = fsspec.core.url_to_fs(str(url))
+        file_system.makedirs(f"{root}/damaged", exist_ok=True)
+        file_system.pipe_file(f"{root}/damaged/store.json", damaged.encode())
+        with pytest.raises(StoreError, match=r"its store\.json is damaged; write it anew"):
+            VolumeStore(f"{url}/damaged")
     with pytest.raises(StoreError, match="codec must be one of 'none', 'zstd', got 'gzip'"):
         VolumeStore.create(url, PROCESSOR, codec="gzip")
     store = VolumeStore.create(url, PROCESSOR)

@@ -54,6 +54,11 @@ def test_an_identical_report_counts_as_right():
 def test_ties_count_against_the_model():
     ranked = rank(np.ones((5, 3)), np.ones((5, 3)), list("abcde"), list("vwxyz"))
     np.testing.assert_array_equal(ranked.ranks, 5)
+    # Products of equal rows differ in their last digits from column to column.
+    for count, width in ((33, 7), (1001, 64)):
+        equal = np.tile(np.random.default_rng(0).standard_normal(width), (count, 1))
+        names = [str(number) for number in range(count)]
+        np.testing.assert_array_equal(rank(equal, equal, names, names).ranks, count)
 
 
 def test_blocks_change_nothing(monkeypatch):

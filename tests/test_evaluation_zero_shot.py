@@ -242,6 +242,11 @@ def test_embeddings_keep_labels_ids_and_the_training_mode(model, processor):
     np.testing.assert_allclose(embeddings.image_embeds[3], direct[0], atol=1e-5)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         embed_samples(model, processor, [], FINDINGS)
+    for name in ("patient_id", "study_id"):
+        samples = make_samples(2)
+        del samples[1][name]
+        with pytest.raises(ValueError, match=f"sample 1 has no '{name}'"):
+            embed_samples(model, processor, samples, FINDINGS, with_reports=False)
 
 
 def test_global_fusion_does_not_encode_local_views(model, processor):

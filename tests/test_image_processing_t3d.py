@@ -432,6 +432,11 @@ def test_exactly_45_degrees_is_refused():
         ({"view_sampling": "grid"}, "view_sampling must be one of"),
         ({"size": {"height": 8, "width": 8}}, "use global_size instead"),
         ({"do_normalize": True}, "needs image_mean"),
+        ({"image_mean": (0.1, 0.2)}, r"image_mean must hold 1 or 1 \(one per channel\) finite numbers, got"),
+        ({"image_mean": float("nan")}, "image_mean must hold"),
+        ({"image_std": 0.0}, "image_std must hold .* finite numbers above 0"),
+        ({"image_std": (1.0, -1.0), "windows": ((-1, 1), (-2, 2))}, "image_std must hold 1 or 2"),
+        ({"rescale_factor": float("nan")}, "rescale_factor must be a finite number"),
         ({"seed": 1}, "no field 'seed'"),
     ],
 )

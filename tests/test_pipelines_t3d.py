@@ -202,6 +202,8 @@ def test_images_of_torchio_are_volumes_though_they_are_dictionaries(classifier, 
     assert classifier([image], LABELS) == [expected]
     with pytest.raises(ValueError, match=r"a dictionary needs the key 'volume', .* it has 'image'"):
         classifier({"image": str(scan)}, LABELS)
+    with pytest.raises(TypeError, match="a volume's dictionary has no key 'serie'; did you mean 'series'"):
+        classifier({"volume": str(scan), "serie": 1}, LABELS)
 
 
 def test_list_of_arrays_takes_affines(classifier):

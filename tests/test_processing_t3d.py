@@ -193,7 +193,8 @@ def test_prompts():
     present, absent = make_processor().make_prompts(["pleural effusion", "nodule"])
     assert present == ["pleural effusion is present.", "nodule is present."]
     assert absent == ["pleural effusion is not present.", "nodule is not present."]
-    for labels in ([], "nodule", ["nodule", " "]):
+    assert make_processor().make_prompts(iter(["pleural effusion", "nodule"])) == (present, absent)
+    for labels in ([], "nodule", ["nodule", " "], [1], iter(())):
         with pytest.raises(ValueError, match="labels must be"):
             make_processor().make_prompts(labels)
 
@@ -241,3 +242,21 @@ def test_wrong_setting_is_refused(settings, message):
 def test_swapped_parts_are_refused():
     with pytest.raises(TypeError, match="image_processor"):
         T3DProcessor(make_tokenizer(), T3DImageProcessor())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_report_tokens": 0}, "max_report_tokens must be a whole number, 1 or more, got 0"),
+        ({"max_report_tokens": -5}, "max_report_tokens must be"),
+        ({"min_report_words": -1}, "min_report_words must be a whole number, 0 or more, got -1"),
+    ],
+)
+def test_limits_of_reports_that_are_none_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor(**settings)
+
+
+def test_no_report_at_all_is_refused():
+    with pytest.raises(ValueError, match="there are no reports to encode"):
+        make_processor().encode_reports([])

@@ -326,6 +326,24 @@ def test_a_gap_between_tiles_is_background():
     assert result[:, 0, 0].tolist() == [5] * 2 + [1] * 4 + [5] * 44 + [2] * 4 + [5] * 6
 
 
+@pytest.mark.parametrize("background", [-1, 255, 300])
+def test_a_background_that_no_byte_holds_widens_the_labels(background):
+    grid, boxes = Grid((12, 4, 4), np.eye(4)), (Box((0, 0, 0), (4, 4, 4)),)
+    labels = np.ones((4, 4, 4), dtype=np.uint8)
+    for outputs, mode in ((np.stack([0.0 * labels, 1.0 * labels]), "logits"), (labels, "labels")):
+        result = reassemble([outputs], boxes, grid, mode=mode, background=background).array
+        assert result[:, 0, 0].tolist() == [1] * 4 + [background] * 8
+        assert (result.dtype == np.uint8) == (background == 255)
+
+
+def test_mirrored_arrays_and_those_of_another_byte_order_are_outputs():
+    grid, boxes = Grid((4, 4, 4), np.eye(4)), (Box((0, 0, 0), (4, 4, 4)),)
+    features = np.random.default_rng(0).random((2, 4, 4, 4)).astype(np.float32)
+    for output in (features[:, ::-1], features[:, ::-1].astype(">f4")):
+        result = reassemble([output], boxes, grid, mode="features").array
+        np.testing.assert_array_equal(result, features[:, ::-1])
+
+
 @pytest.mark.parametrize(
     ("outputs", "mode", "message"),
     [
@@ -340,6 +358,10 @@ def test_a_gap_between_tiles_is_background():
         ([np.zeros((1, 4, 4, 4)), np.zeros((2, 4, 4, 4))], "features", "output of tile 1 has shape"),
         ([np.zeros((4, 4, 4))] * 2, "labels", "tile 0 is torch.float64: mode='labels' takes integers"),
         ([np.zeros((2, 4, 4, 4), dtype=int)] * 2, "logits", "tile 0 is torch.int64"),
+        *(
+            ([np.zeros((2, 4, 4, 4)), np.full((2, 4, 4, 4), value)], mode, "tile 1 holds NaN or infinite values")
+            for value, mode in ((np.nan, "logits"), (-np.inf, "logits"), (np.inf, "features"))
+        ),
         ([np.zeros((2, 4, 4, 4))] * 2, "probabilities", "mode must be one of logits, labels, features"),
     ],
 )

@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Volumes that other libraries hold in memory keep their voxels and their place in the world."""
 
+from pathlib import Path
+
 import nibabel
 import numpy as np
 import pytest
@@ -136,3 +138,9 @@ def test_the_processor_takes_them_all():
     for image in [*images, nibabel.Nifti1Image(array, affine)]:
         assert torch.equal(processor(image)["pixel_values"], reference)
     assert processor(images)["pixel_values"].shape[0] == 3
+
+
+def test_an_image_of_afni_keeps_the_scale_of_its_values():
+    """nibabel holds it like NIfTI, but the factor elsewhere."""
+    image = nibabel.load(Path(nibabel.__file__).parent / "tests" / "data" / "scaled+tlrc.HEAD")
+    np.testing.assert_allclose(to_volume(image).array, np.asarray(image.dataobj).squeeze(), rtol=1e-6)

@@ -22,8 +22,8 @@ import json
 import math
 import os
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -355,6 +355,22 @@ def _check_leakage(path: Path, rows: list[ManifestRow]) -> None:
                 f"{path}: rows {earlier.number} ({earlier.split!r}) and {row.number} ({row.split!r}) are one "
                 "patient's; put all volumes of a patient into one split"
             )
+    for row, other in nameless_leaks(rows):
+        raise ManifestError(
+            f"{path}: rows {row.number} ({row.split!r}) and {other.number} ({other.split!r}) name one study, and one "
+            "of them no patient; fill its 'patient_id' cell, or put the study into one split"
+        )
 
 
-__all__ = ["COLUMNS", "Manifest", "ManifestError", "ManifestRow", "parse_row", "read_manifest"]
+def nameless_leaks(rows: Iterable[ManifestRow]) -> Iterator[tuple[ManifestRow, ManifestRow]]:
+    """Pairs of rows of different splits that name one study, of which the first names no patient."""
+    by_study: dict[str, list[ManifestRow]] = defaultdict(list)
+    for row in rows:
+        by_study[row.study_id.removeprefix(f"{row.patient_id}/")].append(row)
+    for group in by_study.values():
+        for row in group:
+            if row.patient_id == row.study_id:
+                yield from ((row, other) for other in group if other.split != row.split)
+
+
+__all__ = ["COLUMNS", "Manifest", "ManifestError", "ManifestRow", "nameless_leaks", "parse_row", "read_manifest"]

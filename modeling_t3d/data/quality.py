@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .manifest import ManifestError, ManifestRow, parse_row
+from .manifest import ManifestError, ManifestRow, nameless_leaks, parse_row
 from .manifest_files import read_records
 from .quality_volume import VolumeFacts, examine_volume
 
@@ -199,6 +199,7 @@ def _check_identities(report: QualityReport, rows: Sequence[ManifestRow], folder
     text = "row{s} of patients who are in more than one split: every score on the later split would be too good"
     report.checks.append(_check("patients in two splits", leaks, text))
     leaks = [row.number for group in _groups(rows, lambda row: row.study_id) if _spans(group) for row in group]
+    leaks = sorted({*leaks, *(row.number for pair in nameless_leaks(rows) for row in pair)})
     report.checks.append(_check("studies in two splits", leaks, "row{s} of studies in more than one split"))
     twice = [row.number for group in _groups(rows, lambda row: row.volume.resolve()) for row in group[1:]]
     report.checks.append(_check("repeated volumes", twice, "row{s} naming a volume that an earlier row names"))

@@ -4,6 +4,7 @@
 
 import io
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def _without_path(text: str, path: Path) -> str:
     """An error without the volume's path, which may name a patient."""
     inside = [file.name for file in path.rglob("*")] if path.is_dir() else []
     for named in (str(path.resolve()), str(path), path.name, *sorted(inside, key=len, reverse=True)):
-        text = text.replace(named, "")
+        # Whole names alone, and no number as short as those that a message gives in mm.
+        if not re.fullmatch(r"\d{0,4}", named):
+            text = re.sub(rf"(?<![\w.]){re.escape(named)}(?![\w.]\w)", "", text)
     return text.lstrip(": ")
 
 

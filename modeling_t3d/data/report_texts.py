@@ -42,7 +42,7 @@ def explain_findings(text: str, descriptions: Mapping[str, str]) -> str:
     explained: set[int] = set()
 
     def explain(match: re.Match[str]) -> str:
-        position = match.lastindex - 1
+        position = next(number for number, words in enumerate(match.groups()) if words)
         if position in explained:
             return match[0]
         explained.add(position)

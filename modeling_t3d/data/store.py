@@ -71,10 +71,14 @@ class VolumeStore:
         self._connect()
         try:
             settings = json.loads(self._file_system.cat_file(self._path("store.json")))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             raise StoreError(
                 f"{self.url}: no volume store; make one with VolumeStore.create or prepare_dataset.py"
             ) from None
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict) or not settings.keys() >= {"format", "preparation", "codec", "tile"}:
+            raise StoreError(f"{self.url}: its store.json is damaged; write it anew, or prepare the volumes again")
         if settings["format"] != _FORMAT:
             raise StoreError(
                 f"{self.url}: store format {settings['format']}, this version reads {_FORMAT}; prepare anew"

@@ -264,6 +264,12 @@ def embed_samples(
             rows += [{name: sample.get(name) for name in names} for sample in batch]
     if not rows:
         raise ValueError("there is nothing to evaluate: the samples are empty")
+    for name in ("patient_id", "study_id"):
+        if nameless := [number for number, row in enumerate(rows) if row[name] is None]:
+            raise ValueError(
+                f"sample {nameless[0]} has no {name!r}, by which volumes are one unit and intervals are drawn; give "
+                "every sample one"
+            )
     reports = tuple(row["report"] or "" for row in rows)
     embeddings = Embeddings(
         image_embeds=torch.cat(embeds).numpy(),

@@ -15,6 +15,8 @@ from .statistics import Interval, bootstrap_mean, percentile_interval
 DEFAULT_KS = (1, 5, 10, 50, 100)
 # Queries scored at once: bounds the similarity matrix to this many rows.
 QUERY_BLOCK = 512
+# Cosines this near are equal: a product of equal rows differs in its last digits from column to column.
+TIE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def rank_candidates(
         query_studies, candidate_studies: study id per row.
         query_reports, candidate_reports: report text per row (for a volume: its study's report).
     """
-    queries, candidates = _unit(query_embeds, "query_embeds"), _unit(candidate_embeds, "candidate_embeds")
+    queries = _unit(query_embeds, "query_embeds").astype(np.float64)
+    candidates = _unit(candidate_embeds, "candidate_embeds").astype(np.float64)
     query_study, candidate_study = _numbered(query_studies, candidate_studies)
     query_text, candidate_text = _numbered(
         [normalise_report(report) for report in query_reports],
@@ -119,7 +122,7 @@ def rank_candidates(
         similarity = queries[block] @ candidates.T
         right = (query_study[block, None] == candidate_study) | (query_text[block, None] == candidate_text)
         best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-        ranks[block] = 1 + (~right & (similarity >= best)).sum(axis=1)
+        ranks[block] = 1 + (~right & (similarity >= best - TIE)).sum(axis=1)
         num_right[block] = right.sum(axis=1)
     if (num_right == 0).any():
         missing = int(np.flatnonzero(num_right == 0)[0])
