@@ -22,6 +22,7 @@ from modeling_t3d.data.phantom_studies import phantom_seeds
 from modeling_t3d.data.store import VolumeStore
 from modeling_t3d.training.arguments import ConfigurationError, ModelArguments, load_configuration
 from modeling_t3d.training.checkpoints import CheckpointError, read_state
+from modeling_t3d.training.files import hash_file
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "configs" / "quickstart.yaml"
@@ -224,6 +225,13 @@ def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path
     assert pretrain.train(settings, resume=False) == 0
     trained = T3DModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.projection_dim == 16
+    assert trained.config.provenance["parents"] == [
+        {
+            "name": name,  # and not where on this machine it lay
+            "sha256": {"model.safetensors": hash_file(tmp_path / name / "model.safetensors")},
+        }
+        for name in ("vision", "text")
+    ]
     weights = dict(text.named_parameters())
     assert torch.equal(
         trained.text_model.encoder.layer[0].output.dense.weight, weights["encoder.layer.0.output.dense.weight"]

@@ -109,7 +109,7 @@ def evaluate_classifier(
     with evaluation_mode(model):
         for batch in batches_of(samples, batch_size):
             output = model(pixel_values=stack_samples(batch)["pixel_values"].to(model.device))
-            logits.append(output.logits.double().cpu())
+            logits.append(output.logits.cpu().double())
             rows += [
                 (label_row(sample["labels"], findings), str(sample["study_id"]), str(sample["patient_id"]))
                 for sample in batch

@@ -101,7 +101,7 @@ def _sums(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     features = model(**inputs, stage="encode")
     exists = features.local_mask[..., None]
     parts = (features.restoration_errors, features.restoration_voxels)
-    return torch.stack([torch.where(exists, part, 0).sum(dim=(0, 1)).double() for part in parts]).cpu()
+    return torch.stack([torch.where(exists, part, 0).sum(dim=(0, 1)) for part in parts]).cpu().double()
 
 
 __all__ = ["RestorationReport", "measure_restoration", "shuffle_reports"]

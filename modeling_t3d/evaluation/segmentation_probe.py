@@ -123,7 +123,7 @@ def labelled_cells(
         views = dataset.image_processor.make_views(prepared, num_views, np.random.default_rng((seed, index)))
         with evaluation_mode(model):
             maps = vision_model(views.pixel_values.to(device)).feature_maps
-        features = cell_features([level.double().cpu() for level in maps])
+        features = cell_features([level.cpu().double() for level in maps])
         label_map = read_label_map(row.masks[mask_name])
         labels = labels_at_cells(label_map, prepared.affine, views.boxes, features.shape[1:4])
         yield LabelledCells(features.flatten(0, 3), labels.ravel(), row.patient_id)

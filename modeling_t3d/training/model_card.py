@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from .arguments import T3DTrainingArguments
+from .files import hash_file
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 _OBJECTIVE_FIELDS = (
@@ -119,8 +120,17 @@ def provenance(facts: dict[str, Any]) -> dict[str, Any]:
         "stage": "pretraining",
         "training_data": [("phantoms: " if facts["synthetic"] else "") + facts["data_name"]],
         "license": facts["data_license"],
-        "parents": list(facts["base_models"]),
+        "parents": [_parent(name) for name in facts["base_models"]],
     }
+
+
+def _parent(name: str) -> dict[str, Any]:
+    """A pretrained part: its Hub id, or the name of its folder, not where on this machine it lay, and its weights."""
+    folder = Path(name)
+    if not folder.exists():
+        return {"name": name}
+    weights = sorted(folder.glob("*.safetensors"))
+    return {"name": folder.resolve().name, "sha256": {path.name: hash_file(path) for path in weights}}
 
 
 def _describe_tower(config: dict[str, Any] | None) -> str:
