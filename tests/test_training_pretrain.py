@@ -152,6 +152,21 @@ def test_a_store_and_augmentation(pretrain, phantoms, tmp_path):
         pretrain.train(settings_for(phantoms, tmp_path / "bad", "data.augmentation={noise: -1}"), resume=False)
 
 
+def test_a_run_is_not_resumed_with_batches_that_are_made_otherwise(pretrain, phantoms, tmp_path):
+    assert pretrain.train(settings_for(phantoms, tmp_path, "training.max_steps=2"), resume=False) == 0
+    for override, message in (
+        ("data.max_report_tokens=16", "batches.max_report_tokens=.*, this one has 16"),
+        ("data.augmentation={flip: 1.0}", "batches.augmentation=None, this one has"),
+        ("data.crop_perturbation={}", "batches.crop_perturbation=None, this one has"),
+        ("data.texts={sample_sentences: true}", "batches.texts=None, this one has"),
+        ("model.tokenizer_vocab_size=200", "batches.tokenizer=|model.*vocab_size="),
+        ("training.ema_decay=0.9", "ema_decay=None, this one has 0.9"),
+    ):
+        with pytest.raises(CheckpointError, match=f"the run had {message}"):
+            pretrain.train(settings_for(phantoms, tmp_path, override), resume=True)
+    assert pretrain.train(settings_for(phantoms, tmp_path), resume=True) == 0
+
+
 @pytest.mark.parametrize("study_sampling", ["together", "one"])
 def test_a_stream_stops_in_an_epoch_and_goes_on(pretrain, phantoms, tmp_path, study_sampling):
     """Two steps and, from their checkpoint, two more are the four of one run; steps three and four end an epoch."""

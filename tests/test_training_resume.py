@@ -36,6 +36,15 @@ def test_another_number_of_processes_sees_the_same_samples(runs, tmp_path):
     assert "dropout differs" in part.output()
 
 
+def test_processes_whose_epochs_have_other_batches_do_not_go_on(runs, tmp_path):
+    """Of 23 samples, ten a step, three are left: a batch for one process, too few for two."""
+    settings = {"drop_last": False, "max_steps": 4}
+    assert runs.start(tmp_path, **{**settings, "max_steps": 1}, per_device_train_batch_size=10).wait() == [0]
+    part = runs.start(tmp_path, 2, **settings, per_device_train_batch_size=5, resume=True)
+    assert 0 not in part.wait()
+    assert "the run had num_batches=3, this one has 2" in part.output()
+
+
 def scalars_of(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a run: tag -> steps and values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -6,7 +6,8 @@ own seed alone, never on the batch that it is in."""
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,6 +160,11 @@ class AugmentingCollator:
     ) -> None:
         self.collator = collator
         self.augmentation = augmentation
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As that of [`PretrainingCollator`]."""
+        return {**getattr(self.collator, "identity", {}), "augmentation": asdict(self.augmentation)}
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         """One batch; draws depend on each sample's own seed."""

@@ -5,6 +5,7 @@ batch, index) alone, so that resuming, evaluating or adding loader processes cha
 
 import copy
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -350,6 +351,19 @@ class PretrainingCollator:
         self.corruption_seeds = corruption_seeds
         self.max_report_tokens = min(processor.max_report_tokens, self.tokenizer.model_max_length)
         self._tokenize = TokenCache(self.tokenizer, self.max_report_tokens)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes other batches of the same samples, as JSON holds it; what changes them names itself in it."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "max_report_tokens": self.max_report_tokens,
+            "num_local_views": self.num_local_views,
+            "augmentation": None,
+            "crop_perturbation": None,
+            "texts": None,
+        }
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         """One batch; view places come from the samples' seeds, never from a global generator."""

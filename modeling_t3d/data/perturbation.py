@@ -3,7 +3,8 @@
 """The perturbed crops of GTGM: each local view of a sample is changed in one way, which its own seed chooses."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,6 +152,11 @@ class PerturbingCollator:
     ) -> None:
         self.collator = collator
         self.perturbation = perturbation
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As that of [`PretrainingCollator`]."""
+        return {**getattr(self.collator, "identity", {}), "crop_perturbation": asdict(self.perturbation)}
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         """One batch; what becomes of a sample depends on its own seed."""

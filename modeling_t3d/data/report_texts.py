@@ -5,7 +5,8 @@ themselves. Which sections a report consists of is left to the manifest."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,10 +109,15 @@ class TextCollator:
     def __init__(
         self,
         collator: Callable[[list[PretrainingSample]], dict[str, torch.Tensor]],
-        texts: Callable[[PretrainingSample], PretrainingSample],
+        texts: ReportTexts,
     ) -> None:
         self.collator = collator
         self.texts = texts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As that of [`PretrainingCollator`]."""
+        return {**getattr(self.collator, "identity", {}), "texts": asdict(self.texts)}
 
     def __call__(self, samples: Sequence[PretrainingSample]) -> dict[str, torch.Tensor]:
         """One batch."""

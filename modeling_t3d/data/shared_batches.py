@@ -46,6 +46,11 @@ class SharedBatchCollator:
         self.collator = collator
         self._blocks: list[torch.Tensor] = []
 
+    @property
+    def identity(self) -> Any:
+        """What the collator says of its batches."""
+        return getattr(self.collator, "identity", None)
+
     def __call__(self, samples: list[Any]) -> Any:
         """The batch, or in a worker what arrives as the batch."""
         batch = self.collator(samples)

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """One Accelerate loop: prepare, step, log, validate, save, resume. Model, data and metrics arrive as arguments."""
 
+import json
 import logging
 import math
 import time
@@ -374,7 +375,7 @@ class T3DTrainer:
             self.processor.save_pretrained(folder)
 
     def _run_identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run; `data` where the data set has a fingerprint."""
+        """What must be the same for a resumed run to be the same run; of data and batches what they say themselves."""
         return {
             "seed": self.args.seed,
             "drop_last": self.args.drop_last,
@@ -382,8 +383,13 @@ class T3DTrainer:
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "gradient_caching": self.args.gradient_caching,
             "num_pairs": len(self.train_dataset),
+            "num_batches": self.sampler.num_batches,
             "order": self.sampler.identity,
             "data": getattr(self.train_dataset, "fingerprint", None),
+            # As the checkpoint's JSON has it: lists, not tuples.
+            "batches": json.loads(json.dumps(getattr(self.collator, "identity", None))),
+            "batch_norm": self.args.batch_norm,
+            "ema_decay": self.args.ema_decay,
             "frozen_vision_layers": self.args.frozen_vision_layers,
             "frozen_parameters": self.args.frozen_parameters,
             "model": model_identity(self.unwrapped_model.config),
