@@ -26,7 +26,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python examples/make_phantoms.py --output $(QUICKSTART)/phantoms --train 2400 --validation 100 --test 300 \
 		--masks test --uncompressed --num-workers $(WORKERS)
 	$(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(WORKERS) \
-		examples/pretrain.py --config examples/configs/quickstart.yaml
+		examples/pretrain.py --config examples/configs/quickstart.yaml --resume
 	$(BIN)/python examples/evaluate_phantoms.py --model $(QUICKSTART)/run/model \
 		--manifest $(QUICKSTART)/phantoms/manifest.csv --output $(QUICKSTART)/evaluation --num-probe 300 \
 		--num-workers $(WORKERS)

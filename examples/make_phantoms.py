@@ -31,7 +31,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=400, help="studies of the test split")
     parser.add_argument("--num-workers", type=int, default=1, help="processes")
     parser.add_argument("--resolution", type=float, default=4.0, help="nominal voxel size in mm")
-    parser.add_argument("--masks", nargs="*", default=[], help="splits whose lesions and organs get label maps too")
+    parser.add_argument(
+        "--masks",
+        nargs="*",
+        default=[],
+        choices=("train", "validation", "test"),
+        help="splits whose lesions and organs get label maps too",
+    )
     parser.add_argument("--uncompressed", action="store_true", help="write .nii instead of .nii.gz: faster, larger")
     parser.add_argument("--vocab-size", type=int, default=2000, help="largest number of tokens")
     return parser.parse_args()

@@ -14,6 +14,7 @@ interrupted run.
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -32,7 +33,16 @@ from modeling_t3d.training.arguments import ConfigurationError, load_configurati
 
 logger = logging.getLogger("prepare_dataset")
 SPLITS = ["train=0.8", "validation=0.1", "test=0.1"]  # shares of the patients
+PAGE = "quality.html"
 CONFIG = Path(__file__).parent / "configs" / "base.yaml"
+
+
+def number_or_share(text: str) -> int | float:
+    """A whole number of volumes, or a share of them."""
+    value = int(text) if text.isdigit() else float(text)
+    if not 0 <= value <= (math.inf if text.isdigit() else 1):
+        raise ValueError
+    return value
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +54,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--manifest", type=Path, help="a manifest instead of a layout")
     parser.add_argument("--folder", type=Path, help="where the release, or one's own scans, lie")
     parser.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the layout")
-    parser.add_argument("--splits", nargs="+", default=SPLITS, metavar="NAME=SHARE", help="where a layout has none")
+    parser.add_argument(
+        "--splits", nargs="+", metavar="NAME=SHARE", help=f"where a layout has none; {' '.join(SPLITS)} by default"
+    )
     parser.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="csv", help="of the manifests")
     parser.add_argument("--quality-volumes", type=int, default=500, help="how many volumes the quality page opens")
     parser.add_argument("--quality-only", action="store_true", help="stop before the store")
@@ -54,10 +66,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scheduler", help="running Dask cluster, tcp://host:port; without it, this machine")
     parser.add_argument("--num-workers", type=int, help="processes on this machine; 0 for none but this one")
     parser.add_argument("--sources", help="address of a copy of the manifest's folder that workers fetch volumes from")
-    parser.add_argument("--max-unreadable", type=yaml.safe_load, default=0.01, help="number or share to quarantine")
+    parser.add_argument(
+        "--max-unreadable",
+        type=number_or_share,
+        default=0.01,
+        help="volumes to quarantine before the build stops: a whole number, or a share such as 0.01, but at least one",
+    )
     parsed = parser.parse_args(arguments)
     if parsed.layout and not parsed.folder:
         parser.error("--layout needs --folder")
+    if parsed.manifest and (parsed.folder or parsed.option or parsed.splits):
+        parser.error("--folder, --option and --splits go with --layout; a manifest says itself what they would")
     if not parsed.store and not parsed.quality_only:
         parser.error("give --store, or --quality-only to look the data over first")
     return parsed
@@ -77,11 +96,21 @@ def make_manifest(arguments: argparse.Namespace) -> Path:
     release = build_records(arguments.layout, arguments.folder, **pairs(arguments.option))
     for note in release.notes:
         logger.warning("%s", note)
-    shares = pairs(arguments.splits)
+    shares = pairs(arguments.splits or SPLITS)
+    if wrong := [name for name, share in shares.items() if not isinstance(share, int | float) or share < 0]:
+        sys.exit(f"--splits: {wrong[0]}={shares[wrong[0]]!r} is no share; write a number such as 0.8")
     assign_splits(release.records, shares)
     for split in sorted(shares.keys() - {record["split"] for record in release.records}):
         logger.warning("the split %s has no volume: too few patients for its share", split)
-    return write_records(release.records, arguments.output / f"manifest.{arguments.format}")
+    manifest = arguments.output / f"manifest.{arguments.format}"
+    if manifest.exists() and not (arguments.output / PAGE).exists():
+        # Of a call that was cut off, which wrote the same; or not this script's at all.
+        fresh = write_records(release.records, manifest.with_name(f"fresh-{manifest.name}"))
+        is_ours = fresh.read_bytes() == manifest.read_bytes()
+        fresh.unlink()
+        if not is_ours:
+            sys.exit(f"{manifest}: was not written by this script; choose another --output")
+    return write_records(release.records, manifest)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -93,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
     for check in quality.checks:
         if check.level != "good":
             logger.warning("%s: %s", check.name, check.text)
-    logger.info("quality page: %s", write_quality_page(quality, arguments.output / "quality.html"))
+    logger.info("quality page: %s", write_quality_page(quality, arguments.output / PAGE))
     if arguments.quality_only:
         return
     settings = load_configuration(arguments.config, [f"data.manifest={manifest}"])

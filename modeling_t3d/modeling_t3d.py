@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from math import log
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -535,6 +536,8 @@ def model_from_towers(
         # Or the tower would be built as its weights were stored: beside parts of another type, or, in 16 bits, too
         # coarse for small steps.
         tower.dtype = None
+        if Path(tower.name_or_path).exists():  # where on this machine it lay is nobody's business
+            tower.name_or_path = ""
     model = model_class(T3DConfig(**towers, **config))
     model.base_model.vision_model.load_state_dict(vision_model.state_dict())
     weights = {name: weight for name, weight in text_model.state_dict().items() if not name.startswith("pooler.")}

@@ -5,6 +5,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -289,6 +290,10 @@ def test_any_captioner_of_a_folder_writes_about_slices(captioner_folder, tmp_pat
     settings = source.settings()
     assert settings == json.loads(json.dumps(settings))
     assert (settings["name"], settings["num_slices"]) == (str(captioner_folder), 2)
+    other = shutil.copytree(captioner_folder, tmp_path / "other")
+    assert SliceCaptioner.from_pretrained(other).settings()["content"] == settings["content"]
+    (other / "note.txt").write_text("trained further")
+    assert SliceCaptioner.from_pretrained(other).settings()["content"] != settings["content"]
 
 
 def test_slices_are_shown_as_radiologists_see_them(captioner_folder):

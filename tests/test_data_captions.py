@@ -120,6 +120,18 @@ def test_reports_are_replaced_only_when_asked(manifest, tmp_path):
     assert read_manifest(output).rows[1].report == "Volume ../b.nii.gz shows nothing unusual."
 
 
+@pytest.mark.parametrize("name", ["a", "mask"])
+def test_a_row_whose_files_changed_is_captioned_anew(manifest, tmp_path, name):
+    output = tmp_path / "captions.csv"
+    write_captions(manifest, output, Numbered())
+    again = Numbered()
+    write_captions(manifest, output, again)
+    assert again.calls == []
+    (tmp_path / f"{name}.nii.gz").write_bytes(b"other")
+    write_captions(manifest, output, again)
+    assert again.calls == ([1] if name == "a" else [1, 3])
+
+
 def test_the_journal_names_nobody(manifest, tmp_path):
     write_captions(manifest, tmp_path / "captions.csv", Numbered(text="A caption."))
     lines = (tmp_path / "captions.csv.captions.jsonl").read_text().splitlines()

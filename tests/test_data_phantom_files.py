@@ -76,6 +76,13 @@ def test_a_folder_of_another_version_is_refused(tmp_path):
         write_phantoms(tmp_path, range(1), shape=(14, 14, 14))
 
 
+def test_a_manifest_of_ones_own_is_not_replaced(tmp_path):
+    (tmp_path / "manifest.csv").write_text("volume,report\na.nii.gz,mine\n")
+    with pytest.raises(PhantomFolderError, match=r"holds a manifest\.csv that is not of phantoms; choose another"):
+        write_phantoms(tmp_path, range(1), shape=(14, 14, 14))
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.csv"]
+
+
 @pytest.mark.slow
 def test_workers_write_the_same_files(tmp_path):
     one = write_phantoms(tmp_path / "one", range(4), shape=(14, 14, 14), compress=False)

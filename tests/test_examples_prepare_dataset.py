@@ -163,3 +163,35 @@ def test_what_is_wrong_ends_in_one_line(tmp_path, run):
     assert "\n" not in str(caught.value)
     with pytest.raises(SystemExit, match="write NAME=VALUE"):
         run("--layout", "folder", "--folder", tmp_path, "--output", tmp_path, "--quality-only", "--option", "version")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--manifest", "m.csv", "--splits", "train=1"], "--folder, --option and --splits go with --layout"),
+        (["--manifest", "m.csv", "--folder", "scans"], "--folder, --option and --splits go with --layout"),
+        (["--manifest", "m.csv", "--max-unreadable", "foo"], "argument --max-unreadable: invalid"),
+        (["--manifest", "m.csv", "--max-unreadable", "1.5"], "argument --max-unreadable: invalid"),
+    ],
+)
+def test_options_that_would_not_count_are_refused(tmp_path, run, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(*arguments, "--output", tmp_path, "--quality-only")
+    assert message in capsys.readouterr().err
+
+
+def test_a_manifest_of_ones_own_is_not_replaced(tmp_path, run):
+    scans = make_scans(tmp_path / "scans", 2)
+    arguments = ("--layout", "folder", "--folder", scans, "--output", tmp_path, "--quality-only", "--num-workers", "0")
+    (tmp_path / "manifest.csv").write_text("volume,report\nmine.nii.gz,mine\n")
+    with pytest.raises(SystemExit, match=r"manifest\.csv: was not written by this script; choose another --output"):
+        run(*arguments)
+    assert "mine" in (tmp_path / "manifest.csv").read_text()
+    (tmp_path / "manifest.csv").unlink()
+    run(*arguments)
+    written = (tmp_path / "manifest.csv").read_text()
+    (tmp_path / "quality.html").unlink()  # as a call that was cut off leaves it
+    run(*arguments)
+    assert (tmp_path / "manifest.csv").read_text() == written
+    with pytest.raises(SystemExit, match="--splits: train='a' is no share"):
+        run(*arguments, "--splits", "train=a")

@@ -217,6 +217,7 @@ def test_a_stream_stops_in_an_epoch_and_goes_on(pretrain, phantoms, tmp_path, st
 
 def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path):
     config = T3DConfig.from_preset("tiny", vision_config=VISION)
+    config.vision_config.provenance = {"license": "cc-by-nc-sa-4.0"}
     T3DVisionModel(config.vision_config).save_pretrained(tmp_path / "vision")
     first = settings_for(phantoms, tmp_path / "first", "training.max_steps=1")
     assert pretrain.train(first, resume=False) == 0
@@ -236,6 +237,7 @@ def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path
         "model.overrides={num_frozen_text_layers: 1, projection_dim: 16, num_tma_heads: 2, num_fusion_heads: 2}",
         "training.max_steps=1",
         "training.activation_checkpointing=true",
+        f"training.checkpoint_copies={tmp_path / 'copies'}",
     )
     assert pretrain.train(settings, resume=False) == 0
     trained = T3DModel.from_pretrained(tmp_path / "run" / "model")
@@ -244,9 +246,16 @@ def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path
         {
             "name": name,  # and not where on this machine it lay
             "sha256": {"model.safetensors": hash_file(tmp_path / name / "model.safetensors")},
+            **terms,
         }
-        for name in ("vision", "text")
+        for name, terms in (("vision", {"license": "cc-by-nc-sa-4.0"}), ("text", {}))
     ]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "\nlicense: other\n" in card
+    assert str(tmp_path) not in card
+    assert "apache-2.0; of vision, with which it began: cc-by-nc-sa-4.0." in card
+    for file in (tmp_path / "run" / "model").glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
     weights = dict(text.named_parameters())
     assert torch.equal(
         trained.text_model.encoder.layer[0].output.dense.weight, weights["encoder.layer.0.output.dense.weight"]

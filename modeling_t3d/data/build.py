@@ -122,7 +122,8 @@ def build_store(
         addresses (mapping `int` -> `str`, *optional*):
             Row number -> where workers fetch the volume from; by default its path, which they must all reach then.
         codec, storage_options: of a store that is made; see [`VolumeStore`].
-        max_unreadable (`int` or `float`, defaults to 0.01): how many volumes, or which share, may be quarantined.
+        max_unreadable (`int` or `float`, defaults to 0.01): how many volumes, or which share, may be quarantined; of a
+            share above 0 at least one.
         quarantine (`str` or `Path`, *optional*): CSV file (row, volume, reason) of those volumes, written always.
         on_outcome (callable, *optional*): told every [`PreparationOutcome`], as it comes.
 

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from ..geometry_t3d import VolumeError
 from .captions import CaptionError
 from .manifest import ManifestRow
+from .source_hashes import content_hash
 from .sources import read_row
 
 
@@ -84,6 +86,9 @@ class SliceCaptioner:
         """See [`CaptionSource`]."""
         names = ("name", "num_slices", "window", "prompt", "max_new_tokens")
         found = {name: getattr(self, name) for name in names}
+        folder = Path(self.name)
+        if folder.is_dir():  # which may come to hold other weights
+            found["content"] = content_hash(folder)
         return {"source": "slices", **found, "window": None if self.window is None else list(self.window)}
 
     def __call__(self, row: ManifestRow, record: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .manifest import ManifestRow, parse_row
 from .manifest_files import ManifestError, read_records, write_records
+from .source_hashes import source_stamp
 
 _TEXT_COLUMNS = ("report", "findings", "impression")
 
@@ -136,9 +137,10 @@ def write_captions(
 
 
 def _key(row: ManifestRow, record: Mapping[str, Any]) -> str:
-    """Known again by its cells, the text aside; a hash, because cells may identify a person."""
+    """Known again by its cells, the text aside, and its files; a hash, because cells may identify a person."""
     cells = {name: str(value) for name, value in record.items() if name not in _TEXT_COLUMNS}
-    return hashlib.sha256(json.dumps([row.number, cells], sort_keys=True).encode()).hexdigest()[:32]
+    stamps = [source_stamp(path) for path in (row.volume, *row.masks.values()) if path.exists()]
+    return hashlib.sha256(json.dumps([row.number, cells, stamps], sort_keys=True).encode()).hexdigest()[:32]
 
 
 class _Journal:

@@ -72,9 +72,9 @@ def write_phantoms(
     """
     seeds = list(seeds)
     folder = Path(folder)
-    (folder / "volumes").mkdir(parents=True, exist_ok=True)
     plan = WritePlan(folder, resolution, shape, compress, masks)
     check_settings(plan)
+    (folder / "volumes").mkdir(exist_ok=True)
     if num_workers > 1:
         with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             rows = list(pool.map(write_study, [plan] * len(seeds), seeds, chunksize=8))
@@ -107,7 +107,10 @@ def check_settings(plan: WritePlan) -> None:
                 f"{plan.folder}: holds phantoms made with {json.dumps(found)}, not {json.dumps(settings)}; "
                 "choose another folder or delete this one"
             )
+    elif (plan.folder / "manifest.csv").exists():
+        raise PhantomFolderError(f"{plan.folder}: holds a manifest.csv that is not of phantoms; choose another folder")
     else:
+        plan.folder.mkdir(parents=True, exist_ok=True)
         partial = plan.folder / f".partial-{SETTINGS_NAME}"
         partial.write_text(json.dumps(settings), encoding="utf-8")
         os.replace(partial, note)

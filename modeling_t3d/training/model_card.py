@@ -4,12 +4,13 @@
 blank. The template is `model_card.md` in this folder."""
 
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .arguments import T3DTrainingArguments
 from .files import hash_file
@@ -33,7 +34,15 @@ _OBJECTIVE_FIELDS = (
     "num_frozen_text_layers",
 )
 # Paths and process details of the machine that trained say nothing about the model.
-_PRIVATE_SETTINGS = ("output_dir", "trackers", "logging_steps", "save_steps", "save_total_limit", "use_cpu")
+_PRIVATE_SETTINGS = (
+    "output_dir",
+    "checkpoint_copies",
+    "trackers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "use_cpu",
+)
 
 
 def fill_model_card(
@@ -72,10 +81,16 @@ def fill_model_card(
     import jinja2
 
     config = model.config.to_dict()
+    parents = [_parent(name) for name in base_models]
+    terms = [data_license or "those of the training data; not stated by whoever trained this checkpoint"]
+    bound = [parent for parent in parents if "license" in parent]
+    terms += [f"of {parent['name']}, with which it began: {parent['license']}" for parent in bound]
+    has_other_terms = any(parent["license"] != data_license for parent in bound)
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        license=data_license or "other",
+        # Weights keep their terms, whatever they are trained on.
+        license="other" if has_other_terms or not data_license else data_license,
         language="en",
         # A folder on this machine is no base model that others could follow.
         base_model=[name for name in base_models if not Path(name).exists()] or None,
@@ -88,7 +103,7 @@ def fill_model_card(
         title=title,
         data_name=data_name,
         data_description=data_description,
-        data_license=data_license or "those of the training data; not stated by whoever trained this checkpoint",
+        terms="; ".join(terms),
         synthetic=synthetic,
         num_reports=num_reports,
         num_truncated=num_truncated,
@@ -99,7 +114,7 @@ def fill_model_card(
         num_trainable_parameters=f"{sum(parameter.numel() for parameter in parameters if parameter.requires_grad):,}",
         vision_tower=_describe_tower(config.get("vision_config")),
         text_tower=_describe_tower(config.get("text_config")),
-        start=", ".join(Path(name).name if Path(name).exists() else name for name in base_models) or "from scratch",
+        start=", ".join(parent["name"] for parent in parents) or "from scratch",
         preprocessing=processor.image_processor.describe() if processor is not None else "no processor was saved",
         run=run,
         settings={name: value for name, value in args.to_dict().items() if name not in _PRIVATE_SETTINGS},
@@ -124,13 +139,17 @@ def provenance(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@cache  # asked when a run begins, and again when it ends
 def _parent(name: str) -> dict[str, Any]:
-    """A pretrained part: its Hub id, or the name of its folder, not where on this machine it lay, and its weights."""
+    """A pretrained part: its Hub id, or its folder's name and weights, not where that lay; its licence, if it has one."""
     folder = Path(name)
-    if not folder.exists():
-        return {"name": name}
-    weights = sorted(folder.glob("*.safetensors"))
-    return {"name": folder.resolve().name, "sha256": {path.name: hash_file(path) for path in weights}}
+    parent: dict[str, Any] = {"name": name}
+    if folder.exists():
+        weights = sorted(folder.glob("*.safetensors"))
+        parent = {"name": folder.resolve().name, "sha256": {path.name: hash_file(path) for path in weights}}
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    stated = (config.get("provenance") or {}).get("license")
+    return {**parent, "license": stated} if stated else parent
 
 
 def _describe_tower(config: dict[str, Any] | None) -> str:

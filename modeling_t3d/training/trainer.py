@@ -383,9 +383,9 @@ class T3DTrainer:
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "gradient_caching": self.args.gradient_caching,
             "num_pairs": len(self.train_dataset),
-            "num_batches": self.sampler.num_batches,
             "order": self.sampler.identity,
             "data": getattr(self.train_dataset, "fingerprint", None),
+            "num_batches": self.sampler.num_batches,
             # As the checkpoint's JSON has it: lists, not tuples.
             "batches": json.loads(json.dumps(getattr(self.collator, "identity", None))),
             "batch_norm": self.args.batch_norm,
