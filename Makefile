@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# Of the torch that was asked for: another one is installed in its place.
+INSTALLED := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 CODE := modeling_t3d examples conversion benchmarks tests setup.py
 
 .PHONY: quickstart ablation test test-all lint clean
@@ -18,6 +19,7 @@ $(INSTALLED): setup.py Makefile
 		$(BIN)/pip install -q "$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"; \
 	else $(BIN)/pip install -q "$(TORCH)"; fi
 	$(BIN)/pip install -q -e ".[all,dev]"
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 # Phantoms as NIfTI files, pre-training from their manifest, evaluation of the saved folder: the steps of any project.

@@ -10,11 +10,12 @@ Prints the table and writes `results.json` and `attention.png`. No sentence of t
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 from modeling_t3d import T3DForPreTraining, T3DProcessor, Volume
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
-from modeling_t3d.data.manifest import read_manifest
+from modeling_t3d.data.manifest import ManifestError, read_manifest
 from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS
 from modeling_t3d.data.sources import read_row
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained, plot_case
@@ -43,9 +44,11 @@ def load_splits(
     return splits
 
 
-def draw_case(model: T3DForPreTraining, processor: T3DProcessor, test: PretrainingDataset, path: Path) -> Path:
-    """Slices of the first test phantom with an effusion, and where the words look."""
-    index = next(index for index, row in enumerate(test.rows) if row.labels[PICTURED] and row.masks)
+def draw_case(model: T3DForPreTraining, processor: T3DProcessor, test: PretrainingDataset, path: Path) -> Path | None:
+    """Slices of the first test phantom with an effusion, if there is one, and where the words look."""
+    index = next((index for index, row in enumerate(test.rows) if row.labels[PICTURED] and row.masks), None)
+    if index is None:
+        return None
     label_map = read_label_map(test.rows[index].masks["lesions"])
     lesion = Volume(label_map.array == FINDINGS[PICTURED].index, label_map.affine)
     text = EVALUATION_PROMPTS[PICTURED][0][0]
@@ -65,7 +68,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     model = T3DForPreTraining.from_pretrained(arguments.model).eval()
     processor = T3DProcessor.from_pretrained(arguments.model)
-    splits = load_splits(arguments.manifest, processor, arguments.num_probe, arguments.num_workers)
+    try:
+        splits = load_splits(arguments.manifest, processor, arguments.num_probe, arguments.num_workers)
+    except ManifestError as error:
+        sys.exit(str(error))
+    if not any(row.masks for row in splits["test"].rows):
+        sys.exit(
+            f"{arguments.manifest}: its test rows have no masks, on which attention is scored; make the phantoms with "
+            "--masks test"
+        )
     results = evaluate_pretrained(
         model,
         processor,
@@ -84,7 +95,8 @@ def main() -> None:
     )
     print(results.to_markdown())
     print(f"results: {results.save(arguments.output)}")
-    print(f"picture: {draw_case(model, processor, splits['test'], arguments.output / 'attention.png')}")
+    picture = draw_case(model, processor, splits["test"], arguments.output / "attention.png")
+    print(f"picture: {picture or f'none, no test phantom has a {PICTURED}'}")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,29 @@ from modeling_t3d.data.phantoms import (
 )
 
 
+def count(text: str) -> int:
+    """A number of studies."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def millimetres(text: str) -> float:
+    """A size of voxels."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise ValueError
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--train", type=int, default=2000, help="studies of the training split")
-    parser.add_argument("--validation", type=int, default=200, help="studies of the validation split")
-    parser.add_argument("--test", type=int, default=400, help="studies of the test split")
+    parser.add_argument("--train", type=count, default=2000, help="studies of the training split")
+    parser.add_argument("--validation", type=count, default=200, help="studies of the validation split")
+    parser.add_argument("--test", type=count, default=400, help="studies of the test split")
     parser.add_argument("--num-workers", type=int, default=1, help="processes")
-    parser.add_argument("--resolution", type=float, default=4.0, help="nominal voxel size in mm")
+    parser.add_argument("--resolution", type=millimetres, default=4.0, help="nominal voxel size in mm")
     parser.add_argument(
         "--masks",
         nargs="*",
@@ -57,7 +71,7 @@ def main() -> None:
             masks=arguments.masks,
             resolution=arguments.resolution,
         )
-    except PhantomFolderError as error:
+    except (PhantomFolderError, FileExistsError) as error:
         sys.exit(str(error))
     with open(manifest, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -3,6 +3,7 @@
 """The commands of the quickstart, one after the other as a user calls them, on a few phantoms."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,11 @@ from modeling_t3d.data.phantoms import EVALUATION_PROMPTS
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def call(script: str, *arguments: str | Path) -> str:
+def call(script: str, *arguments: str | Path, status: int = 0) -> str:
     command = [sys.executable, ROOT / "examples" / script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert done.returncode == status, done.stderr[-2000:]
+    return done.stdout if status == 0 else done.stderr
 
 
 def test_phantoms_pretraining_evaluation_and_the_embedding_of_a_scan(tmp_path):
@@ -34,6 +35,17 @@ def test_phantoms_pretraining_evaluation_and_the_embedding_of_a_scan(tmp_path):
         *(f"training.output_dir={run}", "training.max_steps=2", "training.per_device_train_batch_size=4"),
         *("training.use_cpu=true", "training.trackers=[]"),
     )
+    manifest = phantoms / "manifest.csv"
+    for name, wrong, message in (
+        ("no-masks", re.sub(r',"{.*?}"', ",", manifest.read_text()), "its test rows have no masks"),
+        ("no-test", manifest.read_text().replace(",test,", ",train,"), "no row of split 'test'"),
+    ):
+        other = phantoms / f"{name}.csv"
+        other.write_text(wrong)
+        said = call(
+            "evaluate_phantoms.py", "--model", run / "model", "--manifest", other, "--output", tmp_path, status=1
+        )
+        assert message in said.splitlines()[-1]
     said = call(
         "evaluate_phantoms.py",
         *("--model", run / "model", "--manifest", phantoms / "manifest.csv", "--output", tmp_path / "evaluation"),

@@ -141,7 +141,7 @@ def provenance(facts: dict[str, Any]) -> dict[str, Any]:
 
 @cache  # asked when a run begins, and again when it ends
 def _parent(name: str) -> dict[str, Any]:
-    """A pretrained part: its Hub id, or its folder's name and weights, not where that lay; its licence, if it has one."""
+    """A pretrained part: its Hub id, or the name of its folder, not where that lay, and its weights; its licence."""
     folder = Path(name)
     parent: dict[str, Any] = {"name": name}
     if folder.exists():
