@@ -42,7 +42,10 @@ def main() -> int:
     """Load, score, print one table per scan; a scan that cannot be read is named, and the others go on."""
     arguments = parse_arguments()
     views = int(arguments.views) if arguments.views and arguments.views.isdecimal() else arguments.views
-    classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
+    try:
+        classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
+    except OSError:  # as Transformers raises it for a folder that is none and a Hub that has no such model
+        sys.exit(f"{arguments.model}: neither a folder with a checkpoint nor a model that the Hub gives here")
     width = max(map(len, arguments.labels))
     status = 0
     for path in arguments.volume:

@@ -120,6 +120,13 @@ def test_reports_are_replaced_only_when_asked(manifest, tmp_path):
     assert read_manifest(output).rows[1].report == "Volume ../b.nii.gz shows nothing unusual."
 
 
+def test_a_format_that_is_none_is_refused_before_the_first_caption(manifest, tmp_path):
+    source = Numbered()
+    with pytest.raises(ManifestError, match=r"captions\.txt: a manifest is a \.csv"):
+        write_captions(manifest, tmp_path / "captions.txt", source)
+    assert source.calls == []
+
+
 @pytest.mark.parametrize("name", ["a", "mask"])
 def test_a_row_whose_files_changed_is_captioned_anew(manifest, tmp_path, name):
     output = tmp_path / "captions.csv"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from .manifest import ManifestRow, parse_row
-from .manifest_files import ManifestError, read_records, write_records
+from .manifest_files import ManifestError, check_suffix, read_records, write_records
 from .source_hashes import source_stamp
 
 _TEXT_COLUMNS = ("report", "findings", "impression")
@@ -109,6 +109,7 @@ def write_captions(
 
     ```"""
     manifest, output = Path(manifest), Path(output)
+    check_suffix(output)  # before hours of captioning
     if manifest.resolve() == output.resolve():
         raise CaptionError(f"{output}: is the manifest that is read; choose another output")
     records, _ = read_records(manifest)

@@ -162,6 +162,12 @@ def _read_parquet(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
     return records, table.column_names
 
 
+def check_suffix(path: Path) -> None:
+    """Raise where a name is of no format that manifests have."""
+    if path.suffix not in SUFFIXES:
+        raise ManifestError(f"{path}: a manifest is a .csv, .jsonl or .parquet file; name it so")
+
+
 def write_records(records: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """
     Write rows as a manifest; the file appears under its name only when it is complete.
@@ -186,8 +192,7 @@ def write_records(records: Sequence[dict[str, Any]], path: str | Path) -> Path:
 
     ```"""
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ManifestError(f"{path}: a manifest is a .csv, .jsonl or .parquet file; name it so")
+    check_suffix(path)
     if not records:
         raise ManifestError(f"{path}: no rows to write")
     found = {name for record in records for name in record}
@@ -250,8 +255,8 @@ __all__ = [
     "COLUMNS",
     "LABEL_PREFIX",
     "LABEL_VALUES",
-    "SUFFIXES",
     "ManifestError",
+    "check_suffix",
     "open_text",
     "plain_value",
     "read_records",
