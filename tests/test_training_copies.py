@@ -46,6 +46,11 @@ def stop_after(trainer, step: int, resume: bool = True) -> None:
         trainer.train(resume=resume)
 
 
+def stop_by_hours_before_a_validation(output_dir, **settings) -> None:
+    """Write a checkpoint of the first step, whose validation the resumed run makes up for and writes it again."""
+    assert build_trainer(output_dir, max_hours=1e-9, **settings).train().status == "interrupted"
+
+
 def test_a_run_goes_on_where_its_folder_never_was(tmp_path, address):
     build_trainer(tmp_path / "whole").train()
     settings = {"checkpoint_copies": address, "save_total_limit": 1}
@@ -66,7 +71,7 @@ def test_without_its_manifest_a_copy_does_not_count(tmp_path, address):
     build_trainer(run, save_total_limit=None, checkpoint_copies=address).train()
     copies = CheckpointCopies(address)
     assert copies.steps() == [4, 8, 12]
-    copies.file_system.rm_file(f"{copies.root}/step-00000012/manifest.json")
+    copies.file_system.rm_file(*copies.file_system.glob(f"{copies.root}/step-00000012-*/manifest.json"))
     copies.fetch_newest(tmp_path / "other")
     assert [folder.name for folder in list_checkpoints(tmp_path / "other")] == ["step-00000008"]
     assert checkpoint_to_resume(tmp_path / "other").name == "step-00000008"
@@ -74,20 +79,61 @@ def test_without_its_manifest_a_copy_does_not_count(tmp_path, address):
     assert len(list_checkpoints(run)) == 3, "what is there and newer stays"
 
 
+def test_a_step_that_is_written_again_is_never_missing(tmp_path, address, monkeypatch):
+    """The machine that resumes a run dies while it uploads: the next one finds the former copy and clears the rest."""
+    settings = {"checkpoint_copies": address, "evaluate": lambda model: {}, "eval_steps": 1, "max_steps": 6}
+    stop_by_hours_before_a_validation(tmp_path / "first machine", **settings)
+    dying = build_trainer(tmp_path / "second machine", **settings)
+    copies = dying.checkpoints.copies
+    upload = copies.file_system.put_file
+
+    class Died(Exception):
+        pass
+
+    def die(local, remote):
+        if remote.endswith("state.json"):
+            raise Died
+        upload(local, remote)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies.file_system, "put_file", die)
+        with pytest.raises(Died):
+            dying.train(resume=True)
+    assert len(copies.file_system.glob(f"{copies.root}/step-*")) == 2
+    assert copies.steps() == [1]
+    third = build_trainer(tmp_path / "third machine", **settings)
+    assert third.train(resume=True).state.step == 6
+    assert len(third.train_dataset.seen) == 5 * 4, "the first step is not taken again"
+    assert copies.steps() == [4, 6]
+    assert len(copies.file_system.glob(f"{copies.root}/step-*")) == 2
+
+
+def test_the_copy_of_a_former_version_is_fetched_and_replaced(tmp_path):
+    """Its folder had the name of the checkpoint alone."""
+    settings = {"checkpoint_copies": ADDRESS, "evaluate": lambda model: {}, "eval_steps": 1}
+    stop_by_hours_before_a_validation(tmp_path / "first machine", **settings)
+    copies = CheckpointCopies(ADDRESS)
+    (name,) = copies.file_system.glob(f"{copies.root}/step-*")
+    copies.file_system.mv(name, f"{copies.root}/step-00000001", recursive=True)
+    stop_after(build_trainer(tmp_path / "second machine", **settings), 1)
+    (name,) = copies.file_system.glob(f"{copies.root}/step-*")
+    assert name.rpartition("/")[2].startswith("step-00000001-0001-")
+
+
 def test_the_manifest_comes_last_and_goes_first(tmp_path):
     order = []
 
     class Recording(MemoryFileSystem):
         def put_file(self, lpath, rpath, **options):
-            order.append(("put", rpath.rpartition("/")[2]))
+            order.append(("put", *rpath.split("/")[-2:]))
             return super().put_file(lpath, rpath, **options)
 
         def mv(self, path1, path2, **options):
-            order.append(("name", path2.rpartition("/")[2]))
+            order.append(("name", *path2.split("/")[-2:]))
             return super().mv(path1, path2, **options)
 
         def rm_file(self, path):
-            order.append(("remove", path.rpartition("/")[2]))
+            order.append(("remove", *path.split("/")[-2:]))
             return super().rm_file(path)
 
     run = tmp_path / "run"
@@ -95,25 +141,29 @@ def test_the_manifest_comes_last_and_goes_first(tmp_path):
     copies = CheckpointCopies(ADDRESS)
     copies.file_system = Recording(skip_instance_cache=True)
     copies.begin()
+    former = f"step-00000004-0001-{copies.holder[:8]}"
     copies.mirror(run)
-    order[:] = [entry for entry in order if not entry[1].startswith(".partial-")]
-    assert order[-1] == ("name", "manifest.json")
-    assert ("put", "model.safetensors") in order
+    order[:] = [entry for entry in order if not entry[2].startswith(".partial-")]
+    assert order[-1] == ("name", former, "manifest.json")
+    assert ("put", former, "model.safetensors") in order
     order.clear()
     copies.mirror(run)
-    order[:] = [entry for entry in order if not entry[1].startswith(".partial-")]
-    assert order[0] == ("remove", "manifest.json")
-    assert order[-1] == ("name", "manifest.json")
+    order[:] = [entry for entry in order if not entry[2].startswith(".partial-")]
+    latter = f"step-00000004-0002-{copies.holder[:8]}"
+    complete = order.index(("name", latter, "manifest.json"))
+    assert {entry[:2] for entry in order[:complete]} == {("put", latter)}
+    assert order[complete + 1] == ("remove", former, "manifest.json")
+    assert {entry[:2] for entry in order[complete + 1 :]} == {("remove", former)}
 
 
 def test_a_flipped_byte_at_the_address_is_refused(tmp_path):
     build_trainer(tmp_path / "run", max_steps=4, checkpoint_copies=ADDRESS).train()
     copies = CheckpointCopies(ADDRESS)
-    path = f"{copies.root}/step-00000004/optimizer.pt"
+    (path,) = copies.file_system.glob(f"{copies.root}/step-00000004-*/optimizer.pt")
     content = bytearray(copies.file_system.cat_file(path))
     content[len(content) // 2] ^= 1
     copies.file_system.pipe_file(path, bytes(content))
-    message = rf"{ADDRESS}/step-00000004: optimizer\.pt is not what was written; remove it there"
+    message = rf"{ADDRESS}/step-00000004-0001-\w+: optimizer\.pt is not what was written; remove it there"
     with pytest.raises(CheckpointError, match=message):
         build_trainer(tmp_path / "other", max_steps=8, checkpoint_copies=ADDRESS).train(resume=True)
     assert list_checkpoints(tmp_path / "other") == []

@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Copies of a run's checkpoints at an fsspec address, for machines whose disks do not outlive them. The manifest,
-which makes a checkpoint of files, is written last and removed first."""
+which makes a checkpoint of files, is written last and removed first; no file is ever written over."""
 
 import json
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -14,6 +15,7 @@ from .checkpoints import (
     MANIFEST_FILE,
     CheckpointError,
     checkpoint_folder,
+    checkpoint_step,
     latest_checkpoint,
     list_checkpoints,
     read_manifest,
@@ -22,6 +24,8 @@ from .checkpoints import (
 from .files import PARTIAL_PREFIX, replace_folder
 
 _HOLDER_FILE = "holder.json"
+# Step, number of the copy, holder; former versions wrote the step alone.
+_COPY_NAME = re.compile(r"step-(\d+)(?:-(\d+)-[0-9a-f]+)?")
 
 
 class CheckpointCopies:
@@ -29,7 +33,8 @@ class CheckpointCopies:
     The checkpoints of one run at an address.
 
     A run that begins there leaves its name; another one that finds a later name stops before it writes: two machines
-    may have resumed the same run.
+    may have resumed the same run. Each copy is a folder of its own, also of a step that is written again, whose former
+    copy goes when the new one is complete.
 
     Args:
         address (`str`): `s3://bucket/run`, a folder of another disk, or whatever fsspec knows. Credentials are where
@@ -53,8 +58,7 @@ class CheckpointCopies:
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, in order."""
-        manifests = self.file_system.glob(f"{self.root}/step-*/{MANIFEST_FILE}")
-        return sorted(int(path.split("/")[-2].removeprefix("step-")) for path in manifests)
+        return list(self._copies())
 
     def begin(self) -> None:
         """From here on this run alone writes there."""
@@ -63,23 +67,25 @@ class CheckpointCopies:
 
     def mirror(self, output_dir: str | Path) -> None:
         """Copy what the folder has and the address lacks; remove there what the folder has no more."""
-        folders = {int(folder.name.removeprefix("step-")): folder for folder in list_checkpoints(output_dir)}
+        folders = {checkpoint_step(folder): folder for folder in list_checkpoints(output_dir)}
         newest = max(folders)
         for step, folder in folders.items():
             # The newest may have been written again, with what a later validation found.
             if step == newest or step not in self.steps():
                 self._upload(folder)
-        for step in self.steps():
-            if step not in folders:
-                self._remove(f"{self.root}/{checkpoint_folder('', step).name}")
+        stay = {name for step, name in self._copies().items() if step in folders}
+        # Former copies of a step that was written again and what was left half-written go, too.
+        for name in self._folders():
+            if name not in stay:
+                self._remove(f"{self.root}/{name}")
 
     def fetch_newest(self, output_dir: str | Path) -> None:
         """Bring the newest checkpoint to the folder, verified, unless that has one as new."""
-        steps, latest = self.steps(), latest_checkpoint(output_dir)
-        if not steps or (latest is not None and latest.name >= checkpoint_folder(output_dir, steps[-1]).name):
+        copies, latest = self._copies(), latest_checkpoint(output_dir)
+        if not copies or (latest is not None and latest.name >= checkpoint_folder(output_dir, max(copies)).name):
             return
-        target = checkpoint_folder(output_dir, steps[-1])
-        source, partial = f"{self.root}/{target.name}", target.with_name(f"{PARTIAL_PREFIX}copy-{target.name}")
+        target, name_there = checkpoint_folder(output_dir, max(copies)), copies[max(copies)]
+        source, partial = f"{self.root}/{name_there}", target.with_name(f"{PARTIAL_PREFIX}copy-{target.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         self.file_system.get_file(f"{source}/{MANIFEST_FILE}", str(partial / MANIFEST_FILE))
@@ -90,14 +96,27 @@ class CheckpointCopies:
             verify_checkpoint(partial)
         except CheckpointError as error:
             reason = str(error).rpartition(": ")[2]
-            raise CheckpointError(f"{self.address}/{target.name}: {reason}; remove it there to resume") from None
+            raise CheckpointError(f"{self.address}/{name_there}: {reason}; remove it there to resume") from None
         replace_folder(partial, target)
 
+    def _folders(self, pattern: str = "step-*") -> dict[str, tuple[int, int]]:
+        """Folder there, half-written or complete -> its step and the number of the copy."""
+        paths = self.file_system.glob(f"{self.root}/{pattern}")
+        names = [path.removesuffix(f"/{MANIFEST_FILE}").rpartition("/")[2] for path in paths]
+        found = {name: match for name in names if (match := _COPY_NAME.fullmatch(name))}
+        return {name: (int(match[1]), int(match[2] or 0)) for name, match in found.items()}
+
+    def _copies(self) -> dict[int, str]:
+        """The newest complete copy of each step, in the order of steps."""
+        folders = self._folders(f"step-*/{MANIFEST_FILE}")
+        return {folders[name][0]: name for name in sorted(folders, key=lambda name: folders[name])}
+
     def _upload(self, folder: Path) -> None:
-        target = f"{self.root}/{folder.name}"
-        names = read_manifest(folder)
-        self._remove(target)
-        for name in names:
+        step = checkpoint_step(folder)
+        number = 1 + max((number for former, number in self._folders().values() if former == step), default=0)
+        # The holder's name in it: what a run that was overtaken still uploads goes nowhere else.
+        target = f"{self.root}/{folder.name}-{number:04d}-{self.holder[:8]}"
+        for name in read_manifest(folder):
             self.file_system.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
             self.file_system.put_file(str(folder / name), f"{target}/{name}")
         self._check()

@@ -65,6 +65,11 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / "checkpoints" / f"step-{step:08d}"
 
 
+def checkpoint_step(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def random_state() -> dict[str, Any]:
     """State of every global random generator of this process, loadable with `torch.load(weights_only=True)`."""
     numpy_state: Any = np.random.get_state()
@@ -322,6 +327,7 @@ __all__ = [
     "CheckpointError",
     "Stateful",
     "checkpoint_folder",
+    "checkpoint_step",
     "checkpoint_to_resume",
     "flush_folder",
     "latest_checkpoint",
