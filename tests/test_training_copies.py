@@ -9,7 +9,7 @@ from training_stub import build_trainer
 
 from modeling_t3d.training.arguments import ConfigurationError
 from modeling_t3d.training.checkpoint_copies import CheckpointCopies
-from modeling_t3d.training.checkpoints import CheckpointError, checkpoint_to_resume, list_checkpoints
+from modeling_t3d.training.checkpoints import CheckpointError, checkpoint_step, checkpoint_to_resume, list_checkpoints
 
 ADDRESS = "memory://copies/run"
 
@@ -108,6 +108,30 @@ def test_a_step_that_is_written_again_is_never_missing(tmp_path, address, monkey
     assert len(copies.file_system.glob(f"{copies.root}/step-*")) == 2
 
 
+@pytest.mark.parametrize(("save_total_limit", "expected"), [(1, [2, 12]), (2, [2, 8, 12]), (None, [2, 4, 8, 12])])
+def test_what_is_kept_at_the_address_of_a_run_that_moves(tmp_path, save_total_limit, expected):
+    """The best checkpoint and the others that stay, of which the second machine's folder has the newest alone."""
+    scores = {2: 0.9}
+    settings = {
+        "checkpoint_copies": ADDRESS,
+        "save_total_limit": save_total_limit,
+        "eval_steps": 2,
+        "metric_for_best_model": "score",
+    }
+
+    def build(name):
+        trainer = build_trainer(
+            tmp_path / name, evaluate=lambda model: {"score": scores.get(trainer.state.step, 0.1)}, **settings
+        )
+        return trainer
+
+    stop_after(build("first machine"), 9, resume=False)
+    moved = build("second machine")
+    assert moved.train(resume=True).state.best_step == 2
+    assert 2 not in [checkpoint_step(folder) for folder in list_checkpoints(tmp_path / "second machine")]
+    assert CheckpointCopies(ADDRESS).steps() == expected
+
+
 def test_the_copy_of_a_former_version_is_fetched_and_replaced(tmp_path):
     """Its folder had the name of the checkpoint alone."""
     settings = {"checkpoint_copies": ADDRESS, "evaluate": lambda model: {}, "eval_steps": 1}
@@ -142,12 +166,12 @@ def test_the_manifest_comes_last_and_goes_first(tmp_path):
     copies.file_system = Recording(skip_instance_cache=True)
     copies.begin()
     former = f"step-00000004-0001-{copies.holder[:8]}"
-    copies.mirror(run)
+    copies.mirror(run, keep=1, best_step=None)
     order[:] = [entry for entry in order if not entry[2].startswith(".partial-")]
     assert order[-1] == ("name", former, "manifest.json")
     assert ("put", former, "model.safetensors") in order
     order.clear()
-    copies.mirror(run)
+    copies.mirror(run, keep=1, best_step=None)
     order[:] = [entry for entry in order if not entry[2].startswith(".partial-")]
     latter = f"step-00000004-0002-{copies.holder[:8]}"
     complete = order.index(("name", latter, "manifest.json"))

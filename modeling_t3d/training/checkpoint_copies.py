@@ -19,6 +19,7 @@ from .checkpoints import (
     latest_checkpoint,
     list_checkpoints,
     read_manifest,
+    steps_to_keep,
     verify_checkpoint,
 )
 from .files import PARTIAL_PREFIX, replace_folder
@@ -65,15 +66,25 @@ class CheckpointCopies:
         self.file_system.makedirs(self.root, exist_ok=True)
         self.file_system.pipe_file(f"{self.root}/{_HOLDER_FILE}", json.dumps({"holder": self.holder}).encode())
 
-    def mirror(self, output_dir: str | Path) -> None:
-        """Copy what the folder has and the address lacks; remove there what the folder has no more."""
+    def mirror(self, output_dir: str | Path, *, keep: int | None, best_step: int | None) -> None:
+        """
+        Copy what the folder has and the address lacks; remove there what the rule of the folder does not keep.
+
+        The rule counts what lies there: the folder of a run that has moved lacks what was written before.
+
+        Args:
+            output_dir (`str` or `Path`): the run's folder.
+            keep (`int`, *optional*), best_step (`int`, *optional*): as in [`steps_to_keep`].
+        """
         folders = {checkpoint_step(folder): folder for folder in list_checkpoints(output_dir)}
         newest = max(folders)
         for step, folder in folders.items():
             # The newest may have been written again, with what a later validation found.
             if step == newest or step not in self.steps():
                 self._upload(folder)
-        stay = {name for step, name in self._copies().items() if step in folders}
+        copies = self._copies()
+        kept_steps = steps_to_keep(copies, keep, best_step)
+        stay = {name for step, name in copies.items() if step in kept_steps}
         # Former copies of a step that was written again and what was left half-written go, too.
         for name in self._folders():
             if name not in stay:

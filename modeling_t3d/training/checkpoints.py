@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,12 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
 def checkpoint_step(folder: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
+
+
+def steps_to_keep(steps: Iterable[int], keep: int | None, best_step: int | None) -> set[int]:
+    """Of the checkpoints of these steps, those that stay: the newest, all if `keep` is `None`, and the best."""
+    newest = sorted(steps)[-keep if keep else None :]
+    return {*newest, *(() if best_step is None else (best_step,))}
 
 
 def random_state() -> dict[str, Any]:
@@ -177,12 +183,10 @@ def remove_partial(output_dir: str | Path, fence: int | None = None) -> None:
 
 def _forget(output_dir: str | Path, keep: int | None, best_step: int | None, fence: int) -> None:
     """Remove all but the newest checkpoints and the best."""
-    checkpoints = list_checkpoints(output_dir)
-    stay = set(checkpoints[-keep:] if keep else checkpoints)
-    if best_step is not None:
-        stay.add(checkpoint_folder(output_dir, best_step))
-    for old in checkpoints:
-        if old not in stay:
+    checkpoints = {checkpoint_step(folder): folder for folder in list_checkpoints(output_dir)}
+    stay = steps_to_keep(checkpoints, keep, best_step)
+    for step, old in checkpoints.items():
+        if step not in stay:
             # Renamed first: a removal that is interrupted must not leave a folder that looks complete.
             doomed = old.with_name(f"{PARTIAL_PREFIX}{fence}-{old.name}")
             os.replace(old, doomed)
@@ -339,6 +343,7 @@ __all__ = [
     "remove_partial",
     "replace_folder",
     "restore_random_state",
+    "steps_to_keep",
     "verify_checkpoint",
     "write_checkpoint",
     "write_manifest",

@@ -74,7 +74,7 @@ class RunCheckpoints:
         if self.copies is not None:
             with self.processes.together():
                 if self.processes.is_main:
-                    self.copies.mirror(self.output_dir)
+                    self.copies.mirror(self.output_dir, keep=self.keep, best_step=best_step)
         return folder
 
     def resume(
