@@ -6,6 +6,7 @@ import json
 
 from training_stub import build_trainer
 
+from modeling_t3d.training.checkpoints import checkpoint_step, latest_checkpoint
 from modeling_t3d.training.plots import curves, plot_log
 from modeling_t3d.training.progress import describe
 
@@ -38,14 +39,21 @@ def test_nothing_to_draw(tmp_path):
 
 def test_early_stopping(tmp_path):
     scores = iter([1.0, 3.0, 2.0, 3.0, 9.0])
-    settings = {"eval_steps": 2, "metric_for_best_model": "score", "early_stopping_patience": 2, "max_steps": 12}
+    settings = {
+        "eval_steps": 2,
+        "metric_for_best_model": "score",
+        "early_stopping_patience": 2,
+        "max_steps": 12,
+        "save_steps": 5,
+    }
     trainer = build_trainer(tmp_path, evaluate=lambda model: {"score": next(scores)}, **settings)
     result = trainer.train()
     assert result.status == "completed"
     assert (result.state.step, result.state.best_step, result.state.best_metric) == (8, 4, 3.0)
     assert (result.model_dir / "model.safetensors").exists()
-    again = build_trainer(tmp_path, evaluate=lambda model: {"score": 0.0}, **settings).train(resume=True)
-    assert again.state.step == 8, "a run that stopped early stays so"
+    assert checkpoint_step(latest_checkpoint(tmp_path)) == 8, "no save was due"
+    again = build_trainer(tmp_path, evaluate=lambda model: {"score": 9.0}, **settings).train(resume=True)
+    assert (again.state.step, again.state.best_step) == (8, 4), "a run that stopped early stays so"
 
 
 def test_early_stopping_by_a_loss(tmp_path):

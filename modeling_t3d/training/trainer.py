@@ -224,7 +224,8 @@ class T3DTrainer:
                         state.step, meter.pop(self.progress) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
                     )
                 if is_evaluation_due:
-                    is_save_due |= self._evaluate(reporter)
+                    # A validation without gain may be the one that ends the run.
+                    is_save_due |= self._evaluate(reporter) or self.progress >= 1
                 if is_save_due:
                     self.save_checkpoint()
                     reporter.draw()
