@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Averaged weights are those of the definition, are validated, saved and resumed, and leave training alone."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,6 +52,16 @@ def test_the_saved_and_validated_model_is_the_average(tmp_path):
         assert torch.equal(saved[name], value)
     assert torch.equal(seen[-1], averages["projection.weight"])
     assert not torch.equal(saved["projection.weight"], plain.unwrapped_model.projection.weight)
+
+
+def test_an_averaged_temperature_keeps_its_bound(tmp_path):
+    """The stub's is pushed up, and clamped after every step."""
+    trainer = build_trainer(tmp_path, ema_decay=0.9, max_steps=30, head_learning_rate=0.5)
+    saved = load_file(trainer.train().model_dir / "model.safetensors")
+    bound = torch.tensor(math.log(trainer.unwrapped_model.config.max_logit_scale))
+    assert trainer.unwrapped_model.logit_scale == bound
+    assert saved["logit_scale"] <= bound
+    assert torch.isclose(saved["logit_scale"], bound, rtol=1e-3)
 
 
 def test_resumes(tmp_path):

@@ -304,6 +304,8 @@ class T3DTrainer:
             if args.max_grad_norm is not None:
                 clip_gradients(parameters, args.max_grad_norm, terms["grad_norm"])
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+            # Before the average sees it, or the average would pass the bound.
+            clamp_logit_scale(self.unwrapped_model)
             if self.average is not None:
                 self.average.update()
         else:
@@ -312,7 +314,6 @@ class T3DTrainer:
         if scaler is not None:
             scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        clamp_logit_scale(self.unwrapped_model)
         state.step += 1
         state.num_volumes += sum(self.sampler.global_size(batch) for batch in done)
         return terms
