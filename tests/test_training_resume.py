@@ -3,6 +3,7 @@
 """What a resumed run goes on with: the order of samples on any number of processes, trackers without a step twice or
 missing, the best checkpoint, hours that end and go on."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from training_runs import TrainingRuns, assert_same_weights, log_of, samples_by_
 from training_stub import StubModel, build_trainer, validate
 
 from modeling_t3d.training.arguments import ConfigurationError
-from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints, read_state
+from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints, read_state, write_manifest
+from modeling_t3d.training.state import TrainerState
 
 
 @pytest.fixture
@@ -130,6 +132,43 @@ def test_a_loss_is_best_where_it_is_low(tmp_path):
     settings = {"metric_for_best_model": "loss", "greater_is_better": False, "save_total_limit": 1, "eval_steps": 4}
     build_trainer(tmp_path, evaluate=lambda model: {"loss": next(losses)}, **settings).train()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000008", "step-00000012"]
+
+
+def train_by(output_dir: Path, metric: str, values: list[float], **settings) -> TrainerState:
+    """Go on with a run by a metric that takes these values, at every second step from the beginning of all."""
+
+    def evaluate(model):
+        return {metric: values[trainer.state.step // 2 - 1]}
+
+    trainer = build_trainer(output_dir, evaluate=evaluate, eval_steps=2, metric_for_best_model=metric, **settings)
+    return trainer.train(resume=True).state
+
+
+def test_another_metric_looks_for_its_best_anew(tmp_path):
+    """Each run below would stop at once, or never find a better value, if it compared with the one before."""
+    settings = {"early_stopping_patience": 2, "save_total_limit": 1}
+    state = train_by(tmp_path, "score", [0.7, 0.5, 0.4], **settings)
+    assert (state.step, state.best_step) == (6, 2)
+    state = train_by(tmp_path, "loss", [0.0] * 3 + [2.9, 2.8], max_steps=10, greater_is_better=False, **settings)
+    assert (state.step, state.best_step, state.best_metric) == (10, 10, 2.8)
+    state = train_by(tmp_path, "loss", [0.0] * 5 + [3.0], max_steps=12, greater_is_better=True, **settings)
+    assert (state.step, state.best_step, state.best_metric) == (12, 12, 3.0)
+    state = train_by(tmp_path, "loss", [0.0] * 6 + [2.0], max_steps=14, greater_is_better=True, **settings)
+    assert (state.step, state.best_step, state.best_metric) == (14, 12, 3.0), "the same metric goes on"
+
+
+def test_a_state_without_the_metrics_name_is_of_the_same_one(tmp_path):
+    """Former versions did not write it."""
+    train_by(tmp_path, "score", [0.7, 0.5], max_steps=4)
+    folder = list_checkpoints(tmp_path)[-1]
+    state = read_state(folder)
+    for name in ("metric_for_best_model", "greater_is_better"):
+        del state["trainer"][name]
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    state = train_by(tmp_path, "score", [0.0] * 2 + [0.6], max_steps=6)
+    assert (state.best_step, state.best_metric, state.metric_for_best_model) == (2, 0.7, "score")
 
 
 def test_a_metric_that_no_validation_has_is_named(tmp_path):

@@ -90,6 +90,7 @@ class T3DTrainingArguments:
             `save_total_limit` and the best metric keep, is kept there, too. One run has one address.
         metric_for_best_model (`str`, *optional*):
             A metric of the validation; the checkpoint where it was best is kept besides, and written if none was due.
+            A resumed run with another metric, or the same the other way round, looks for its best anew.
         greater_is_better (`bool`, defaults to `True`): whether a greater one is better; `false` for losses.
         early_stopping_patience (`int`, *optional*):
             End the run after so many validations in a row in which that metric was never better.

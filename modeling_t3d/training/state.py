@@ -3,6 +3,7 @@
 """Where a run stands, what must be the same for a resumed run to be the same run, and the folder that it leaves."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -19,6 +20,8 @@ from .checkpoints import CheckpointError
 from .files import PARTIAL_PREFIX, flush_folder, replace_folder
 from .processes import ProcessGroup
 from .sharded_state import model_tensors
+
+logger = logging.getLogger(__name__)
 
 # Fields of a configuration that tell where a model comes from or how it is stored, which saving changes.
 _PROVENANCE = (
@@ -47,6 +50,8 @@ class TrainerState:
         best_step (`int`, *optional*), best_metric (`float`, *optional*): when the metric that chooses the best
             checkpoint was best, and what it was.
         num_validations_without_gain (`int`): how many there were since.
+        metric_for_best_model (`str`, *optional*), greater_is_better (`bool`, *optional*): which metric that is, and
+            what is better; `None` where none was ever chosen, and in what former versions wrote.
         skipped_steps (`int`): steps that were left out because a loss or gradient was not finite.
     """
 
@@ -60,7 +65,32 @@ class TrainerState:
     best_step: int | None = None
     best_metric: float | None = None
     num_validations_without_gain: int = 0
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
     skipped_steps: int = 0
+
+    def choose_metric(self, name: str | None, greater_is_better: bool) -> None:
+        """
+        Say which metric chooses the best checkpoint, before a run trains or goes on.
+
+        Values of two metrics do not compare: with another one than before, best step and patience start anew.
+
+        Args:
+            name (`str`, *optional*): of the metric; with `None` what is known of a former one stays.
+            greater_is_better (`bool`): whether a greater one is better.
+        """
+        if name is None:
+            return
+        former, chosen = (self.metric_for_best_model, self.greater_is_better), (name, greater_is_better)
+        if former[0] is not None and former != chosen:
+            logger.warning(
+                "the best checkpoint was chosen by %s (greater is better: %s), from now on by %s (%s): the best step "
+                "and the patience start anew",
+                *former,
+                *chosen,
+            )
+            self.best_step, self.best_metric, self.num_validations_without_gain = None, None, 0
+        self.metric_for_best_model, self.greater_is_better = chosen
 
     def note_metrics(self, metrics: dict[str, float], name: str | None, greater_is_better: bool) -> bool:
         """

@@ -176,6 +176,7 @@ class T3DTrainer:
             if not resume:
                 self.checkpoints.refuse_former_run()
             random_state_of_rank = self._resume() if resume else None
+            self.state.choose_metric(self.args.metric_for_best_model, self.args.greater_is_better)
             settings = self.args.to_dict()
             reporter = ProgressReporter(
                 self.accelerator,
