@@ -6,6 +6,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,6 +38,22 @@ def fresh_accelerator() -> Iterator[None]:
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What has been flushed to the disk, in order: files, and of folders each entry that they had."""
+    from modeling_t3d.training import files
+
+    flushed: list[Path] = []
+    flush = files.flush
+
+    def note(path: Path) -> None:
+        flush(path)
+        flushed.extend(path.iterdir() if path.is_dir() else [path])
+
+    monkeypatch.setattr(files, "flush", note)
+    return flushed
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,17 @@ def test_what_is_kept_at_the_address_of_a_run_that_moves(tmp_path, save_total_li
     assert CheckpointCopies(ADDRESS).steps() == expected
 
 
+def test_what_is_fetched_is_on_the_disk_before_it_counts(tmp_path, flushes):
+    build_trainer(tmp_path / "run", max_steps=4, checkpoint_copies=ADDRESS).train()
+    flushes.clear()
+    CheckpointCopies(ADDRESS).fetch_newest(tmp_path / "other")
+    (folder,) = list_checkpoints(tmp_path / "other")
+    partial = folder.with_name(f".partial-copy-{folder.name}")
+    is_complete = flushes.index(folder)
+    assert {partial / path.name for path in folder.iterdir()} <= {*flushes[:is_complete]}
+    assert {folder.parent, folder.parent.parent} <= {*flushes[:is_complete]}
+
+
 def test_the_copy_of_a_former_version_is_fetched_and_replaced(tmp_path):
     """Its folder had the name of the checkpoint alone."""
     settings = {"checkpoint_copies": ADDRESS, "evaluate": lambda model: {}, "eval_steps": 1}

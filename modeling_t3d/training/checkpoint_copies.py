@@ -22,7 +22,7 @@ from .checkpoints import (
     steps_to_keep,
     verify_checkpoint,
 )
-from .files import PARTIAL_PREFIX, replace_folder
+from .files import PARTIAL_PREFIX, flush_folder, make_folder, replace_folder
 
 _HOLDER_FILE = "holder.json"
 # Step, number of the copy, holder; former versions wrote the step alone.
@@ -98,7 +98,7 @@ class CheckpointCopies:
         target, name_there = checkpoint_folder(output_dir, max(copies)), copies[max(copies)]
         source, partial = f"{self.root}/{name_there}", target.with_name(f"{PARTIAL_PREFIX}copy-{target.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         self.file_system.get_file(f"{source}/{MANIFEST_FILE}", str(partial / MANIFEST_FILE))
         for name in read_manifest(partial):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,7 @@ class CheckpointCopies:
         except CheckpointError as error:
             reason = str(error).rpartition(": ")[2]
             raise CheckpointError(f"{self.address}/{name_there}: {reason}; remove it there to resume") from None
+        flush_folder(partial)
         replace_folder(partial, target)
 
     def _folders(self, pattern: str = "step-*") -> dict[str, tuple[int, int]]:

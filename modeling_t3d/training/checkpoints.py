@@ -19,6 +19,7 @@ from .files import (
     PARTIAL_PREFIX,
     flush_folder,
     hash_file,
+    make_folder,
     replace_folder,
     restore_replaced,
     write_text,
@@ -147,7 +148,7 @@ def write_checkpoint(
         with processes.together():
             if processes.is_main:
                 remove_partial(output_dir, fence)
-                partial.mkdir(parents=True)
+                make_folder(partial)
         with processes.together():
             _save(random_state(), partial / _random_state_file(processes.rank))
             if processes.is_main:

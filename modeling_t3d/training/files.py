@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 PARTIAL_PREFIX = ".partial-"
 _FORMER_PREFIX = f"{PARTIAL_PREFIX}former-"
+# What systems and file systems say that open no folder (Windows) or flush none (some network disks).
+_NOT_FOR_FOLDERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -28,6 +30,15 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_text(temporary, text)
     flush(temporary)
     os.replace(temporary, path)
+    flush(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and the missing ones above it, which last: each is flushed into the one that holds it."""
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    flush(folder.parent)
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -56,12 +67,16 @@ def flush_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file or a folder's entries to the disk; a folder, where the system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS or not path.is_dir():
+            raise
 
 
 def hash_file(path: Path) -> str:
@@ -135,6 +150,7 @@ __all__ = [
     "flush_folder",
     "hash_file",
     "is_disk_full",
+    "make_folder",
     "replace_folder",
     "restore_replaced",
     "write_text",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import CheckpointError, latest_checkpoint, remove_partial
-from .files import is_disk_full, write_text_atomically
+from .files import is_disk_full, make_folder, write_text_atomically
 from .process_watch import ProcessWatch
 from .processes import OtherProcessError, ProcessGroup, describe_error
 from .run_lock import RunLock, RunLockError
@@ -51,6 +51,7 @@ class RunSession:
     def __enter__(self) -> "RunSession":
         with self.processes.together():
             if self.processes.is_main:
+                make_folder(self.output_dir)
                 self.lock.acquire()
                 # After the lock: a former run that wakes up finds nothing that it could rename.
                 remove_partial(self.output_dir)
