@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_stub import build_trainer
+from training_stub import StubModel, build_trainer
 
 from modeling_t3d.training.averaging import WeightAverage
-from modeling_t3d.training.checkpoints import CheckpointError
+from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints, verify_checkpoint
 
 
 def test_equals_the_definition():
@@ -52,6 +52,30 @@ def test_the_saved_and_validated_model_is_the_average(tmp_path):
         assert torch.equal(saved[name], value)
     assert torch.equal(seen[-1], averages["projection.weight"])
     assert not torch.equal(saved["projection.weight"], plain.unwrapped_model.projection.weight)
+
+
+def test_the_best_checkpoint_holds_the_validated_average(tmp_path):
+    """In a folder of its own: a run goes on with the weights."""
+    seen = {}
+
+    def evaluate(model):
+        seen[trainer.state.step] = {name: value.clone() for name, value in model.state_dict().items()}
+        return {"score": -abs(trainer.state.step - 8)}
+
+    trainer = build_trainer(
+        tmp_path, ema_decay=0.9, evaluate=evaluate, eval_steps=4, save_total_limit=1, metric_for_best_model="score"
+    )
+    assert trainer.train().state.best_step == 8
+    best = list_checkpoints(tmp_path)[0]
+    averaged = StubModel.from_pretrained(best / "averaged").state_dict()
+    weights = StubModel.from_pretrained(best).state_dict()
+    for name, value in seen[8].items():
+        assert torch.equal(averaged[name], value)
+    assert not torch.equal(weights["projection.weight"], averaged["projection.weight"])
+    verify_checkpoint(best)
+    (best / "averaged" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"averaged/model\.safetensors is missing"):
+        verify_checkpoint(best)
 
 
 def test_an_averaged_temperature_keeps_its_bound(tmp_path):

@@ -69,7 +69,8 @@ class T3DTrainingArguments:
         frozen_parameters (`list[str]`): beginnings of names of further parameters that stay as loaded.
         ema_decay (`float`, *optional*):
             Keep an exponential moving average of the weights, such as 0.999. It is validated, and is what the saved
-            model consists of; checkpoints hold the weights, and the average beside them.
+            model consists of; checkpoints hold the weights, with which a run goes on, and the average in `averaged/`,
+            which `from_pretrained` reads.
         non_finite (`"stop"` or `"skip"`, defaults to `"stop"`): what a loss or gradient that is not finite does: stop
             the run, or leave the step out.
         max_skipped_steps (`int`, defaults to 10): so many steps left out in a row, and the run stops all the same.

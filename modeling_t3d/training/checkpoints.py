@@ -31,6 +31,7 @@ from .sharded_state import load_model_tensors, load_optimizer_state, model_tenso
 
 CHECKPOINT_FORMAT = 2
 MODEL_FILE = "model.safetensors"
+AVERAGED_FOLDER = "averaged"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"

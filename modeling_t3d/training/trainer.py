@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .arguments import T3DTrainingArguments
 from .averaging import WeightAverage
 from .batch_norm import training_mode
-from .checkpoints import Stateful, random_state, restore_random_state
+from .checkpoints import AVERAGED_FOLDER, MODEL_FILE, Stateful, random_state, restore_random_state
 from .guard import NonFiniteGuard
 from .model_card import fill_model_card
 from .model_setup import set_up_model
@@ -36,6 +36,7 @@ from .progress import ProgressReporter, StepMeter
 from .run_checkpoints import RunCheckpoints
 from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_seed
 from .session import RunSession
+from .sharded_state import model_tensors, write_tensors
 from .sharding import clip_gradients, gradient_norm
 from .state import TrainerState, TrainingResult, model_identity, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
@@ -372,10 +373,17 @@ class T3DTrainer:
         )
 
     def _save_configuration(self, folder: Path) -> None:
-        """What lets `from_pretrained` read a checkpoint, the best one above all."""
-        self.unwrapped_model.config.save_pretrained(folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
+        """What lets `from_pretrained` read a checkpoint, and in `averaged/` the averaged weights, if they are kept."""
+        folders = [folder]
+        if self.average is not None:
+            folders.append(folder / AVERAGED_FOLDER)
+            folders[-1].mkdir()
+            with self.average.applied():
+                write_tensors(model_tensors(self.unwrapped_model), folders[-1] / MODEL_FILE)
+        for target in folders:
+            self.unwrapped_model.config.save_pretrained(target)
+            if self.processor is not None:
+                self.processor.save_pretrained(target)
 
     def _run_identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run; of data and batches what they say themselves."""
