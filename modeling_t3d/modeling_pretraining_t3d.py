@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_fake_tensor, is_tracing
 
 from .clustering_loss_t3d import (
     chunked_multi_view_contrastive,
@@ -173,7 +173,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
     def restore_views(
         self,
         local_pixel_values: torch.Tensor,
-        local_mask: torch.Tensor,
+        local_mask: torch.Tensor | None,
         report_tokens: torch.Tensor,
         report_mask: torch.Tensor | None = None,
         corruption_seeds: torch.Tensor | None = None,
@@ -182,7 +182,8 @@ class T3DForPreTraining(T3DPreTrainedModel):
         Corrupt the views, restore them with the report's help, and compare.
 
         Args:
-            local_pixel_values (`torch.Tensor` of shape `(batch, views, num_channels, d, h, w)`), local_mask: views.
+            local_pixel_values (`torch.Tensor` of shape `(batch, views, num_channels, d, h, w)`), local_mask: views;
+                without a mask all of them exist.
             report_tokens (`torch.Tensor` of shape `(batch, report_tokens, projection_dim)`), report_mask: projected.
             corruption_seeds (`torch.LongTensor` of shape `(batch,)`, *optional*): as in `forward`.
 
@@ -214,12 +215,13 @@ class T3DForPreTraining(T3DPreTrainedModel):
         self,
         last_hidden_state: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        device: torch.device,
         local_pixel_values: torch.Tensor,
-        local_mask: torch.Tensor,
+        local_mask: torch.Tensor | None,
         corruption_seeds: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """What views learn from the tokens of their reports."""
-        device, features = local_mask.device, {}
+        features = {}
         if attention_mask is None:
             attention_mask = torch.ones_like(last_hidden_state[..., 0])
         mask = attention_mask.to(device, torch.bool)
@@ -300,9 +302,9 @@ class T3DForPreTraining(T3DPreTrainedModel):
         device = visual.device
         features["text_features"] = text_output.pooler_output.to(device)
         if reads_views or restores:
-            if local_mask is None:
-                local_mask = torch.ones(local_pixel_values.shape[:2], dtype=torch.bool)
-            local_mask = features["local_mask"] = local_mask.to(device, torch.bool)
+            # Restoration is told that no mask was given: it then need not look whether all views exist.
+            exists = torch.ones(local_pixel_values.shape[:2], dtype=torch.bool) if local_mask is None else local_mask
+            features["local_mask"] = exists.to(device, torch.bool)
         if reads_views and self.multi_view_alignment is not None:
             projects_views = self.config.gca_views == "local" and self.config.lambda_gca > 0
             features["local_tokens"] = self.project_tokens(maps, projects_views or features.image_features is not None)
@@ -310,7 +312,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
             features["local_features"] = self.t3d.visual_projection(maps.mean(dim=(3, 4, 5)))
         if restores or (return_loss and self._aligns_views and self.config.tma_query == "vision"):
             report = self._report_features(
-                text_output.last_hidden_state, attention_mask, local_pixel_values, local_mask, corruption_seeds
+                text_output.last_hidden_state, attention_mask, device, local_pixel_values, local_mask, corruption_seeds
             )
             for name, value in report.items():
                 features[name] = value
@@ -404,8 +406,13 @@ class T3DForPreTraining(T3DPreTrainedModel):
         text_features: torch.Tensor = features.text_features
         local_mask: torch.Tensor = features.local_mask
         has_pairs = sum(gather_sizes(len(local_mask), local_mask.device)) > 1
-        volumes_with_view = all_reduce_sum(local_mask.sum(dim=0)).tolist()
-        slots = zip(features.local_features.unbind(dim=1), local_mask.unbind(dim=1), volumes_with_view, strict=True)
+        if is_fake_tensor(local_mask) and not torch.compiler.is_compiling():
+            # A forecast of memory, in which nothing has content: every volume has every view.
+            everyone = torch.arange(len(local_mask), device=local_mask.device)
+            volumes, volumes_with_view = [everyone] * local_mask.shape[1], [len(local_mask)] * local_mask.shape[1]
+        else:
+            volumes, volumes_with_view = local_mask.unbind(dim=1), all_reduce_sum(local_mask.sum(dim=0)).tolist()
+        slots = zip(features.local_features.unbind(dim=1), volumes, volumes_with_view, strict=True)
         for view, exists, num_volumes in slots:
             if has_pairs and num_volumes < 2:
                 losses.append(0.0 * (view.sum() + text_features.sum()))

@@ -8,12 +8,16 @@ import pytest
 import torch
 from training_footprint import allocated_peak, build
 
+from modeling_t3d.presets_t3d import OBJECTIVES
 from modeling_t3d.training.memory_forecast import AllocationMeter
 from modeling_t3d.training.plan import plan_run
 
 
 def plan_of(trainer):
-    return plan_run(trainer, trainer.collator([0, 1]))
+    batch = trainer.collator([0, 1])
+    if trainer.unwrapped_model.restoration is not None:
+        batch["corruption_seeds"] = torch.zeros(2, dtype=torch.long)
+    return plan_run(trainer, batch)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,13 @@ def plan_of(trainer):
         {"num_pairs": 10, "num_views": 3, "activation_checkpointing": True},
         pytest.param({"num_pairs": 16, "num_views": 4, "view_chunk_size": 4}, marks=pytest.mark.slow),
         pytest.param({"num_pairs": 8, "overrides": {"lambda_tma": 0.0}}, marks=pytest.mark.slow),
+        {
+            "num_pairs": 6,
+            "overrides": {"vision_config": {"norm": "batch"}},
+            "batch_norm": "frozen",
+            "view_chunk_size": 2,
+        },
+        *({"num_pairs": 4, "overrides": {**OBJECTIVES[name], "tir_block_size": 8}} for name in OBJECTIVES),
     ],
 )
 def test_predicted_memory(tmp_path, settings):

@@ -52,6 +52,17 @@ def test_table_and_trace(tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
 
 
+@pytest.mark.parametrize("settings", [{}, {"batch_norm": "frozen", "view_chunk_size": 2}])
+def test_batch_norms_are_in_the_mode_in_which_they_train(tmp_path, settings):
+    trainer = build(tmp_path / "run", num_pairs=3, overrides={"vision_config": {"norm": "batch"}}, **settings)
+    trainer.args.max_steps = 3
+    norm = trainer.unwrapped_model.t3d.vision_model.encoder.bn1
+    before = norm.running_mean.clone()
+    assert "| step |" in profile_steps(trainer, tmp_path / "profile", num_steps=1, warmup_steps=0)
+    assert count_operations(trainer) > 0
+    assert torch.equal(norm.running_mean, before) == bool(settings)
+
+
 def test_a_model_without_towers(tmp_path):
     table = profile_steps(build_trainer(tmp_path), tmp_path / "profile", num_steps=1, warmup_steps=0)
     assert "| step |" in table

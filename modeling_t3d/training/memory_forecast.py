@@ -91,12 +91,7 @@ def forecast_peak(
         optimizer = make_optimizer(model)
         for _ in range(2):
             micro_batches = [
-                {
-                    name: torch.zeros((num_pairs, *value.shape[1:]), dtype=value.dtype)
-                    for name, value in batch.items()
-                    # That all views count is the most that a batch can need, and known without looking.
-                    if name != "local_mask"
-                }
+                {name: torch.zeros((num_pairs, *value.shape[1:]), dtype=value.dtype) for name, value in batch.items()}
                 for _ in range(num_micro_batches)
             ]
             step(micro_batches)

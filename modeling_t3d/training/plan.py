@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .arguments import ConfigurationError
+from .batch_norm import training_mode
 from .memory_forecast import forecast_peak
 from .optimization import parameter_groups
 from .parallel import step_gradients
@@ -95,7 +96,7 @@ class RunPlan:
 
 def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPlan:
     """
-    The plan of a trainer that has not begun; takes a step without content, and changes nothing.
+    The plan of a trainer that has not begun; takes a step without content, and changes no weight.
 
     Args:
         trainer ([`T3DTrainer`]): of one process.
@@ -110,18 +111,22 @@ def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPla
         num_pairs = args.caching_micro_batch_size or num_pairs
         args = replace(args, gradient_caching=False, caching_micro_batch_size=None)
 
+    def transform(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        changed = trainer.batch_transform(batch)
+        # That all views count is the most that a batch can need, and known without looking.
+        return {name: value for name, value in changed.items() if name != "local_mask"}
+
     def forecast(batch: Mapping[str, torch.Tensor], num_pairs: int) -> int:
         return forecast_peak(
             trainer.unwrapped_model,
             dict(batch),
-            lambda micro_batches: step_gradients(
-                trainer.accelerator, trainer.model, micro_batches, args, trainer.batch_transform
-            ),
+            lambda micro_batches: step_gradients(trainer.accelerator, trainer.model, micro_batches, args, transform),
             lambda model: torch.optim.AdamW(parameter_groups(model, args)),
             num_pairs=num_pairs,
             num_micro_batches=args.gradient_accumulation_steps,
         )
 
+    training_mode(trainer.model, args)
     peak = forecast(batch, num_pairs)
     more = forecast(batch, 2 * num_pairs)
     fewer_views = peak

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .batch_norm import training_mode
 from .parallel import step_gradients
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def profile_steps(trainer: "T3DTrainer", folder: str | Path, *, num_steps: int =
     folder.mkdir(parents=True, exist_ok=True)
     clock = StepClock(trainer.accelerator.device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    trainer.model.train()
+    training_mode(trainer.model, trainer.args)
     with _watched(trainer, clock), closing(trainer._steps()) as steps:
         _take(trainer, steps, clock, warmup_steps)
         clock.seconds = dict.fromkeys(PARTS, 0.0)
@@ -177,7 +178,7 @@ def count_operations(trainer: "T3DTrainer") -> int:
     Args:
         trainer ([`T3DTrainer`]): of prepared volumes; it is not to be used for training afterwards.
     """
-    trainer.model.train()
+    training_mode(trainer.model, trainer.args)
     with closing(trainer._steps()) as steps:
         micro_batches = next(steps)
     with OperationMeter() as meter:
