@@ -140,8 +140,16 @@ def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator
     return evaluate
 
 
-def build_trainer(settings: PretrainingConfiguration) -> tuple[T3DTrainer, list[PretrainingDataset]]:
-    """The trainer that the settings name, and the data sets whose volumes must be prepared before it trains."""
+def build_trainer(
+    settings: PretrainingConfiguration, *, keeps_volumes: bool = True
+) -> tuple[T3DTrainer, list[PretrainingDataset]]:
+    """
+    The trainer that the settings name, and the data sets whose volumes must be prepared before it trains.
+
+    Args:
+        settings ([`PretrainingConfiguration`]): see there.
+        keeps_volumes (`bool`, defaults to `True`): make the folder of prepared volumes, where it is missing.
+    """
     data, training, source = settings.data, settings.training, settings.model
     manifest = read_manifest(data.manifest, sections=data.sections, min_report_words=data.min_report_words)
     logger.info("%s", manifest.describe())
@@ -177,11 +185,12 @@ def build_trainer(settings: PretrainingConfiguration) -> tuple[T3DTrainer, list[
     model.config.provenance = provenance(facts)
     shared = {
         "image_processor": processor.image_processor,
-        "cache_dir": None if data.store else data.cache_dir or Path(data.manifest).parent / "prepared",
         "store": data.store,
-        "keep_global_views": data.keep_global_views,
         "seed": training.seed,
     }
+    if keeps_volumes:
+        shared["keep_global_views"] = data.keep_global_views
+        shared["cache_dir"] = None if data.store else data.cache_dir or Path(data.manifest).parent / "prepared"
     parts = [PretrainingDataset(rows, num_sentence_texts=data.num_sentence_texts, **shared)]
     evaluate = None
     if data.validation_split:
@@ -211,7 +220,7 @@ def build_trainer(settings: PretrainingConfiguration) -> tuple[T3DTrainer, list[
 
 def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = False, profile: bool = False) -> int:
     """Train as the settings say and return the exit status; or say what a run would be, or where its time goes."""
-    trainer, parts = build_trainer(settings)
+    trainer, parts = build_trainer(settings, keeps_volumes=not dry_run)
     if dry_run:
         plan = plan_run(trainer, trainer.collator(parts[0].blank_samples(2)))
         print(plan.describe())

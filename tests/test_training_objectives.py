@@ -4,6 +4,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,22 @@ def test_an_objective_trains_from_its_own_configuration(pretrain, manifests, tmp
     config = T3DConfig.from_pretrained(tmp_path / "run" / "model")
     assert {name: getattr(config, name) for name in OBJECTIVES[objective]} == OBJECTIVES[objective]
     assert T3DForPreTraining.from_pretrained(tmp_path / "run" / "model").config.tma_query == config.tma_query
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides"),
+    [("v1", []), ("gtgm", []), ("v1", ["model.objective=v3", "data.augmentation={flip: 0.5}"])],
+    ids=["v1", "gtgm", "v3 with augmentation"],
+)
+def test_an_objective_is_planned_and_nothing_is_written(pretrain, manifests, tmp_path, capsys, objective, overrides):
+    original = manifests[objective]
+    folder = shutil.copytree(original.parent, tmp_path / "data", ignore=shutil.ignore_patterns("prepared"))
+    before = sorted(tmp_path.rglob("*"))
+    options = ("data.keep_global_views=true", *overrides)
+    settings = settings_for(objective, folder / original.name, tmp_path / "run", *options)
+    assert pretrain.train(settings, resume=False, dry_run=True) == 0
+    assert "peak of tensors" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_texts_and_descriptions_reach_training_and_prompts(pretrain, manifests, tmp_path):
