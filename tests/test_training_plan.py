@@ -33,6 +33,7 @@ def plan_of(trainer):
             "batch_norm": "frozen",
             "view_chunk_size": 2,
         },
+        {"num_pairs": 96, "num_views": 3, "gradient_caching": True, "caching_micro_batch_size": 4},
         *({"num_pairs": 4, "overrides": {**OBJECTIVES[name], "tir_block_size": 8}} for name in OBJECTIVES),
     ],
 )
@@ -43,6 +44,7 @@ def test_predicted_memory(tmp_path, settings):
     for name, value in trainer.unwrapped_model.state_dict().items():
         assert torch.equal(value, before[name]), "the plan changes nothing"
     assert all(parameter.grad is None for parameter in trainer.unwrapped_model.parameters())
+    assert trainer.model.forward.__func__ is type(trainer.model).forward
     measured = allocated_peak(trainer)
     assert 0.85 * measured <= predicted <= 1.15 * measured
 

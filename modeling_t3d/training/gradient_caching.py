@@ -9,11 +9,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..communication_t3d import all_reduce_sum, world_size
 from .checkpoints import random_state, restore_random_state
 
 Batch = dict[str, torch.Tensor]
+
+# The states have content also where tensors get none, in a forecast of memory.
+_random_state = _disable_current_modes()(random_state)
+_restore_random_state = _disable_current_modes()(restore_random_state)
 
 
 @runtime_checkable
@@ -143,7 +148,7 @@ def cached_backward(
     """
     states, parts = [], []
     for batch in micro_batches:
-        states.append(random_state())
+        states.append(_random_state())
         with torch.no_grad(), no_sync():
             parts.append(encoder(**prepare(batch), stage="encode"))
     leaves = [
@@ -167,14 +172,14 @@ def cached_backward(
     cached = [{name: next(remaining) for name in own} for own in leaves]
     of_loss_stage = list(remaining)
 
-    after_loss = random_state()
+    after_loss = _random_state()
     for position, (batch, state, own) in enumerate(zip(micro_batches, states, cached, strict=True), start=1):
-        restore_random_state(state)
+        _restore_random_state(state)
         with nullcontext() if position == len(micro_batches) else no_sync():
             encoded = encoder(**prepare(batch), stage="encode")
             names = [name for name, gradient in own.items() if gradient is not None and encoded[name].requires_grad]
             torch.autograd.backward([encoded[name] for name in names], [own[name] for name in names])
-    restore_random_state(after_loss)
+    _restore_random_state(after_loss)
     add_averaged(parameters, of_loss_stage)
     return terms
 
@@ -190,7 +195,7 @@ def add_averaged(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.T
             for parameter, gradient in zip(parameters, gradients, strict=True)
             if parameter.dtype == dtype
         ]
-        is_used = torch.tensor([gradient is not None for _, gradient in chosen])
+        is_used = [gradient is not None for _, gradient in chosen]
         flat = [
             torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
             for parameter, gradient in chosen
@@ -198,8 +203,9 @@ def add_averaged(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.T
         if world_size() > 1:
             mean = all_reduce_sum(torch.cat(flat)) / world_size()
             flat = list(mean.split([parameter.numel() for parameter, _ in chosen]))
-            is_used = all_reduce_sum(is_used.to(mean.device, torch.int64)).cpu() > 0
-        for (parameter, _), gradient, used in zip(chosen, flat, is_used.tolist(), strict=True):
+            users = all_reduce_sum(torch.tensor(is_used, dtype=torch.int64, device=mean.device))
+            is_used = (users > 0).tolist()
+        for (parameter, _), gradient, used in zip(chosen, flat, is_used, strict=True):
             if used:
                 gradient = gradient.view_as(parameter)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -4,6 +4,7 @@
 and nothing allocated, whatever the size of the model."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,6 +99,53 @@ def forecast_peak(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return round(_WORKSPACES * meter.peak_bytes)
+
+
+@contextmanager
+def like_parts_encoded_twice(model: nn.Module) -> Iterator[None]:
+    """
+    Within it, of the parts of one shape that a pass encodes, all but the first two get features without being encoded:
+    the second meets the gradients of the first, no later one needs more memory, and hundreds would take minutes.
+
+    Args:
+        model (`nn.Module`): in two stages; see [`~modeling_t3d.training.gradient_caching.cached_backward`].
+    """
+    forward, is_replaced = model.forward, "forward" in vars(model)
+    is_second_pass = False
+    counts: Counter[Any] = Counter()
+    features: dict[Any, Any] = {}
+
+    def encode(*args: Any, stage: str | None = None, **inputs: torch.Tensor) -> Any:
+        nonlocal is_second_pass
+        if stage != "encode":
+            return forward(*args, stage=stage, **inputs)
+        if is_second_pass != torch.is_grad_enabled():
+            counts.clear()
+            is_second_pass = torch.is_grad_enabled()
+        shapes = tuple((name, value.shape) for name, value in inputs.items())
+        counts[shapes] += 1
+        if counts[shapes] > 2:
+            kind, fields = features[shapes, is_second_pass]
+            return kind(**{name: torch.empty(shape, **options) for name, (shape, options) in fields.items()})
+        output = forward(*args, stage=stage, **inputs)
+        attributes = ("dtype", "device", "requires_grad")
+        features[shapes, is_second_pass] = (
+            type(output),
+            {
+                name: (value.shape, {attribute: getattr(value, attribute) for attribute in attributes})
+                for name, value in output.items()
+            },
+        )
+        return output
+
+    model.forward = encode
+    try:
+        yield
+    finally:
+        if is_replaced:
+            model.forward = forward
+        else:
+            del model.forward
 
 
 @contextmanager

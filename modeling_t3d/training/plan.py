@@ -4,7 +4,8 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from .arguments import ConfigurationError
 from .batch_norm import training_mode
-from .memory_forecast import forecast_peak
+from .memory_forecast import forecast_peak, like_parts_encoded_twice
 from .optimization import parameter_groups
 from .parallel import step_gradients
 from .prefetch import PREFETCHED
@@ -106,21 +107,21 @@ def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPla
         raise ConfigurationError("a plan is made by one process; start --dry-run without a launcher")
     args, device = trainer.args, trainer.accelerator.device
     num_pairs = args.per_device_train_batch_size
-    if args.gradient_caching:
-        # The second pass over a part holds what a plain step of so many pairs holds; embeddings are small beside it.
-        num_pairs = args.caching_micro_batch_size or num_pairs
-        args = replace(args, gradient_caching=False, caching_micro_batch_size=None)
 
     def transform(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         changed = trainer.batch_transform(batch)
         # That all views count is the most that a batch can need, and known without looking.
         return {name: value for name, value in changed.items() if name != "local_mask"}
 
+    def step(micro_batches: list[dict[str, torch.Tensor]]) -> None:
+        with like_parts_encoded_twice(trainer.model) if args.gradient_caching else nullcontext():
+            step_gradients(trainer.accelerator, trainer.model, micro_batches, args, transform)
+
     def forecast(batch: Mapping[str, torch.Tensor], num_pairs: int) -> int:
         return forecast_peak(
             trainer.unwrapped_model,
             dict(batch),
-            lambda micro_batches: step_gradients(trainer.accelerator, trainer.model, micro_batches, args, transform),
+            step,
             lambda model: torch.optim.AdamW(parameter_groups(model, args)),
             num_pairs=num_pairs,
             num_micro_batches=args.gradient_accumulation_steps,
