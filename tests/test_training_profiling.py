@@ -10,6 +10,7 @@ import torch
 from training_footprint import build
 from training_stub import build_trainer
 
+from modeling_t3d import T3DForPreTraining
 from modeling_t3d.training.profiling import PARTS, StepClock, count_operations, profile_steps
 
 
@@ -35,7 +36,7 @@ def test_parts_nest_and_add_up():
 def test_table_and_trace(tmp_path):
     trainer = build(tmp_path / "run", num_pairs=3)
     trainer.args.max_steps = 4
-    backward, transform = trainer.accelerator.backward, trainer.batch_transform
+    functions, transform = (torch.autograd.backward, torch.autograd.grad), trainer.batch_transform
     table = profile_steps(trainer, tmp_path / "profile", num_steps=2, warmup_steps=1)
     assert (tmp_path / "profile" / "table.md").read_text() == table + "\n"
     rows = dict(line.strip("| ").split(" | ")[:2] for line in table.splitlines()[2:])
@@ -48,8 +49,39 @@ def test_table_and_trace(tmp_path):
         event.get("name") for event in json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     }
     assert {"vision", "text", "objectives", "backward", "aten::convolution"} <= names
-    assert (trainer.accelerator.backward, trainer.batch_transform) == (backward, transform)
+    assert (torch.autograd.backward, torch.autograd.grad) == functions
+    assert trainer.batch_transform == transform
+    assert "align" not in vars(trainer.unwrapped_model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_parts"),
+    [({"gradient_caching": True, "caching_micro_batch_size": 2}, 3), ({"view_chunk_size": 3}, 1)],
+)
+def test_every_part_gets_its_own_time(tmp_path, monkeypatch, settings, num_parts):
+    class HeardClock(StepClock):
+        def __init__(self, device):
+            super().__init__(device)
+            clocks.append(self)
+
+    def slow_align(*args, **options):
+        time.sleep(0.2)
+        return align(*args, **options)
+
+    clocks, align = [], T3DForPreTraining.align
+    monkeypatch.setattr("modeling_t3d.training.profiling.StepClock", HeardClock)
+    monkeypatch.setattr(T3DForPreTraining, "align", slow_align)
+    trainer = build(tmp_path / "run", num_pairs=6, **settings)
+    trainer.args.max_steps = 2
+    weight = trainer.unwrapped_model.t3d.visual_projection.input_projection.weight
+    weight.register_hook(lambda gradient: time.sleep(0.2))
+    profile_steps(trainer, tmp_path / "profile", num_steps=1, warmup_steps=1)
+    seconds = clocks[0].seconds
+    assert seconds["objectives"] >= 0.2
+    assert seconds["backward"] >= 0.2 * num_parts
+    assert seconds["transfer"] < 0.2
+    assert not clocks[0]._open
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_norm": "frozen", "view_chunk_size": 2}])

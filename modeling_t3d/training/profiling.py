@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .batch_norm import training_mode
+from .gradient_caching import TwoStageModel
 from .parallel import step_gradients
 
 if TYPE_CHECKING:
@@ -189,30 +190,38 @@ def count_operations(trainer: "T3DTrainer") -> int:
 @contextmanager
 def _watched(trainer: "T3DTrainer", clock: StepClock) -> Iterator[None]:
     """Within it, the clock hears of the parts of the trainer's steps."""
-    accelerator, model = trainer.accelerator, trainer.unwrapped_model
-    former = accelerator.backward, trainer.batch_transform
+    model, transform_batch = trainer.unwrapped_model, trainer.batch_transform
+    # Every backward pass goes through these two, that of a loss and those of cached gradients.
+    backward, gradients = torch.autograd.backward, torch.autograd.grad
     handles = []
     towers = {"vision_model": "vision", "text_model": "text"}
+    # A part also ends by an exception, with which recomputation stops where it has what backward needs.
     for name, module in model.named_modules():
         part = towers.get(name.split(".")[-1])
         if part is not None:
             handles.append(module.register_forward_pre_hook(lambda *_, part=part: clock.begin(part)))
-            handles.append(module.register_forward_hook(lambda *_: clock.end()))
+            handles.append(module.register_forward_hook(lambda *_: clock.end(), always_call=True))
 
     def transform(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # The copy to the device was asked for just before, and is waited for here.
         clock.credit("transfer")
         with clock.part("transfer"):
-            return former[1](batch)
+            return transform_batch(batch)
 
     handles.append(model.register_forward_pre_hook(lambda *_: clock.begin("objectives")))
-    handles.append(model.register_forward_hook(lambda *_: clock.end()))
-    accelerator.backward = clock.around("backward", former[0])
+    handles.append(model.register_forward_hook(lambda *_: clock.end(), always_call=True))
+    if isinstance(model, TwoStageModel):
+        # Cached gradients align outside of `forward`.
+        model.align = clock.around("objectives", model.align)  # type: ignore[method-assign]
+    torch.autograd.backward = clock.around("backward", backward)
+    torch.autograd.grad = clock.around("backward", gradients)
     trainer.batch_transform = transform
     try:
         yield
     finally:
-        accelerator.backward, trainer.batch_transform = former
+        torch.autograd.backward, torch.autograd.grad = backward, gradients
+        trainer.batch_transform = transform_batch
+        vars(model).pop("align", None)
         for handle in handles:
             handle.remove()
 
