@@ -74,6 +74,26 @@ def test_trainer_refuses_the_former_sharding_and_accepts_the_present_one():
     refuse_before_training(StartedAs(DistributedType.FSDP, is_fsdp2=True), args, 100, 1)
 
 
+@pytest.mark.parametrize(
+    "accelerator", [StartedAs(DistributedType.FSDP, is_fsdp2=True), StartedAs(DistributedType.MULTI_GPU)]
+)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"ema_decay": 0.9},
+            "training.ema_decay averages whole weights, .*; leave it out or train as ddp",
+        ),
+        ({"mixed_precision": "fp16"}, "training.mixed_precision=fp16 scales whole gradients, .*; set it to bf16"),
+    ],
+)
+def test_trainer_refuses_what_needs_whole_weights_of_a_sharded_model(accelerator, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        refuse_before_training(accelerator, T3DTrainingArguments("unused", strategy="fsdp2", **settings), 100, 1)
+    if accelerator.distributed_type == DistributedType.MULTI_GPU:
+        refuse_before_training(accelerator, T3DTrainingArguments("unused", strategy="ddp", **settings), 100, 1)
+
+
 def test_trainer_refuses_parameters_off_the_device():
     accelerator = StartedAs(DistributedType.FSDP, is_fsdp2=True)
     accelerator.device = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from .arguments import ConfigurationError, T3DTrainingArguments
-from .parallel import running_strategy
+from .parallel import running_strategy, shards
 
 # Name of a tracker -> the extra that installs it.
 _TRACKER_EXTRAS = {"tensorboard": "train", "trackio": "track", "wandb": "track"}
@@ -45,10 +45,15 @@ def refuse_before_training(
             f"this trainer runs alone, data-parallel (ddp) or fully sharded (fsdp2), not as {strategy}; fsdp2 shards "
             "what ZeRO-3 does: launch with examples/accelerate/fsdp2.yaml"
         )
-    if args.ema_decay is not None and strategy not in ("single", "ddp"):
-        raise ConfigurationError(
-            f"training.ema_decay averages whole weights, which {strategy} has spread; leave it out or launch as ddp"
-        )
+    if shards(accelerator, args):
+        if args.ema_decay is not None:
+            raise ConfigurationError(
+                "training.ema_decay averages whole weights, which fsdp2 has spread; leave it out or train as ddp"
+            )
+        if args.mixed_precision == "fp16":
+            raise ConfigurationError(
+                "training.mixed_precision=fp16 scales whole gradients, which fsdp2 has spread; set it to bf16"
+            )
     pairs_per_loss = args.per_device_train_batch_size * world_size
     if args.gradient_caching:
         pairs_per_loss *= args.gradient_accumulation_steps
