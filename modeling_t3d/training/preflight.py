@@ -2,7 +2,9 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """What is decided or refused before the first step: processes, batch, precision."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -69,6 +71,16 @@ def refuse_before_training(
         )
 
 
+def refuse_unmeasured_metric(args: T3DTrainingArguments, evaluate: Callable[..., Any] | None) -> None:
+    """Raise if a metric was named and nothing validates: no checkpoint would be best, and no run would stop early."""
+    if args.metric_for_best_model is not None and evaluate is None:
+        need = "needs" if args.early_stopping_patience is None else "and training.early_stopping_patience need"
+        raise ConfigurationError(
+            f"training.metric_for_best_model={args.metric_for_best_model} {need} a validation, and there is none; set "
+            "data.validation_split, or name no metric"
+        )
+
+
 def refuse_missing_trackers(trackers: list[str]) -> None:
     """Raise if an experiment tracker is unknown or not installed, which Accelerate would leave out in silence."""
     for name in trackers:
@@ -99,4 +111,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-__all__ = ["choose_precision", "device_name", "refuse_before_training", "refuse_missing_trackers"]
+__all__ = [
+    "choose_precision",
+    "device_name",
+    "refuse_before_training",
+    "refuse_missing_trackers",
+    "refuse_unmeasured_metric",
+]

@@ -30,7 +30,13 @@ from .model_setup import set_up_model
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
 from .prefetch import prefetched
-from .preflight import choose_precision, device_name, refuse_before_training, refuse_missing_trackers
+from .preflight import (
+    choose_precision,
+    device_name,
+    refuse_before_training,
+    refuse_missing_trackers,
+    refuse_unmeasured_metric,
+)
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
 from .run_checkpoints import RunCheckpoints
@@ -86,6 +92,7 @@ class T3DTrainer:
         self.processor = processor
         self.card_facts = card_facts or {}
         refuse_missing_trackers(args.trackers)
+        refuse_unmeasured_metric(args, evaluate)
         self.accelerator = Accelerator(
             cpu=args.use_cpu or not torch.accelerator.is_available(),
             mixed_precision=choose_precision(args),
