@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from modeling_t3d import T3DConfig, T3DForPreTraining, T3DImageProcessor, T3DProcessor, T3DVisionModel
 from modeling_t3d.data.collators import changing_collator, objective_collator
-from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
+from modeling_t3d.data.datasets import PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.shared_batches import SharedBatchCollator
@@ -43,6 +43,7 @@ from modeling_t3d.training.arguments import (
 )
 from modeling_t3d.training.model_card import provenance
 from modeling_t3d.training.plan import plan_run
+from modeling_t3d.training.preflight import refuse_scarce_views
 from modeling_t3d.training.profiling import profile_steps
 from modeling_t3d.training.session import errors_in_one_line
 from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
@@ -98,9 +99,8 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
     )
 
 
-def build_evaluation(held_out: PretrainingDataset, collator: PretrainingCollator, processor, batch_size: int):
+def build_evaluation(held_out: PretrainingDataset, losses: ValidationLosses, processor: T3DProcessor):
     """Losses on held-out pairs, leak control, retrieval and, where the manifest has labels, zero-shot AUROC."""
-    losses = ValidationLosses(held_out, collator, batch_size)
     findings = list(dict.fromkeys(name for row in held_out.rows for name in row.labels))
     prompts = make_prompts(findings, descriptions=processor.finding_descriptions)
 
@@ -192,10 +192,11 @@ def build_trainer(
         shared["keep_global_views"] = data.keep_global_views
         shared["cache_dir"] = None if data.store else data.cache_dir or Path(data.manifest).parent / "prepared"
     parts = [PretrainingDataset(rows, num_sentence_texts=data.num_sentence_texts, **shared)]
-    evaluate = None
+    evaluate = losses = None
     if data.validation_split:
         parts.append(PretrainingDataset(manifest.split(data.validation_split), **shared))
-        evaluate = build_evaluation(parts[1], collator, processor, training.per_device_train_batch_size)
+        losses = ValidationLosses(parts[1], collator, training.per_device_train_batch_size)
+        evaluate = build_evaluation(parts[1], losses, processor)
     options = {"evaluate": evaluate, "processor": processor, "card_facts": facts}
     collator, options["batch_transform"] = changing_collator(
         collator,
@@ -215,7 +216,9 @@ def build_trainer(
             study_sampling=data.study_sampling,
             smallest_share=2,
         )
-    return T3DTrainer(model, training, parts[0], collator, **options), parts
+    trainer = T3DTrainer(model, training, parts[0], collator, **options)
+    refuse_scarce_views(trainer, processor.image_processor.num_local_views, losses)
+    return trainer, parts
 
 
 def train(settings: PretrainingConfiguration, resume: bool, *, dry_run: bool = False, profile: bool = False) -> int:

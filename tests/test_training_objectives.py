@@ -134,6 +134,20 @@ def test_settings_that_contradict_each_other_are_refused(manifests, tmp_path, ov
     [
         (["image_processor.num_local_views=1"], "needs at least 2 views of a volume"),
         (["model.overrides.tir_block_size=16"], "tir_block_size=16 covers a whole local view"),
+        (
+            ["model.overrides.tma_loss=swav", "model.overrides.num_prototypes=5"],
+            "smallest training batch has 2 pairs of 2 views",
+        ),
+        (
+            [
+                "model.overrides.tma_loss=swav",
+                "model.overrides.num_prototypes=5",
+                "training.gradient_accumulation_steps=2",
+                "training.gradient_caching=true",
+                "model.overrides.projection_norm=layer",
+            ],
+            "a validation batch has 2 pairs of 2 views",
+        ),
         (["model.objective=v9"], "unknown objective 'v9'"),
         (["data.crop_perturbation={kinds: [swirl]}"], "crop_perturbation.kinds must be some of"),
     ],

@@ -3,9 +3,14 @@
 """What could only fail later, or would be ignored, is refused before the first step."""
 
 import pytest
+from training_footprint import Pairs
+from training_footprint import build as build_pretraining
 from training_stub import build_trainer, validate
 
 from modeling_t3d.training.arguments import ConfigurationError
+from modeling_t3d.training.preflight import refuse_scarce_views, smallest_training_batch
+from modeling_t3d.training.sampling import ShardedBatchSampler
+from modeling_t3d.training.validation import ValidationLosses
 
 
 @pytest.mark.parametrize(
@@ -20,3 +25,55 @@ def test_a_metric_that_no_validation_measures(tmp_path, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         build_trainer(tmp_path, **settings)
     build_trainer(tmp_path, evaluate=validate, **settings)
+
+
+def prototypes_of_ten(tmp_path, num_pairs, max_steps=4, **settings):
+    """A trainer of batches of four pairs, of three views each, and ten prototypes."""
+    overrides = {"tma_loss": "swav", "num_prototypes": 10}
+    trainer = build_pretraining(tmp_path, num_pairs=4, num_views=3, overrides=overrides, **settings)
+    trainer.args.max_steps = max_steps
+    trainer.sampler = ShardedBatchSampler(num_pairs, 4, drop_last=trainer.args.drop_last)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "settings", "smallest"),
+    [
+        (6, {"drop_last": False}, 2),
+        (6, {"drop_last": False, "max_steps": 1}, 4),
+        (7, {"drop_last": False}, 3),
+        (9, {"drop_last": False}, 4),
+        (6, {}, 4),
+        (14, {"drop_last": False, "gradient_accumulation_steps": 3, "max_steps": 2}, 2),
+        (14, {"drop_last": False, "gradient_accumulation_steps": 3, "max_steps": 2, "gradient_caching": True}, 2),
+        (14, {"drop_last": False, "gradient_accumulation_steps": 2, "max_steps": 2, "gradient_caching": True}, 6),
+    ],
+)
+def test_the_smallest_batch_is_known_and_must_have_views_for_all_prototypes(tmp_path, num_pairs, settings, smallest):
+    trainer = prototypes_of_ten(tmp_path, num_pairs, **settings)
+    assert smallest_training_batch(trainer) == smallest
+    if smallest < 4:
+        with pytest.raises(
+            ConfigurationError,
+            match=rf"smallest training batch has {smallest} pairs of 3 views, .*: set training.drop_last=true, raise "
+            "training.per_device_train_batch_size, or lower model.overrides.num_prototypes=10",
+        ):
+            refuse_scarce_views(trainer, 3)
+    else:
+        refuse_scarce_views(trainer, 3)
+
+
+def test_validation_batches_must_have_views_for_all_prototypes(tmp_path):
+    trainer = prototypes_of_ten(tmp_path, 8)
+    for num_pairs in (5, 4):
+        refuse_scarce_views(trainer, 3, ValidationLosses(Pairs(num_pairs, 3), trainer.collator, 4))
+    with pytest.raises(
+        ConfigurationError, match=r"a validation batch has 3 pairs of 3 views, .*: give 4 pairs to data.v"
+    ):
+        refuse_scarce_views(trainer, 3, ValidationLosses(Pairs(3, 3), trainer.collator, 4))
+
+
+def test_other_objectives_need_no_more_views(tmp_path):
+    trainer = build_pretraining(tmp_path, num_pairs=4, num_views=2, drop_last=False)
+    trainer.sampler = ShardedBatchSampler(6, 4, drop_last=False)
+    refuse_scarce_views(trainer, 2)

@@ -4,13 +4,18 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
 from .arguments import ConfigurationError, T3DTrainingArguments
 from .parallel import running_strategy, shards
+from .validation import ValidationLosses
+
+if TYPE_CHECKING:
+    from .trainer import T3DTrainer
 
 # Name of a tracker -> the extra that installs it.
 _TRACKER_EXTRAS = {"tensorboard": "train", "trackio": "track", "wandb": "track"}
@@ -81,6 +86,49 @@ def refuse_unmeasured_metric(args: T3DTrainingArguments, evaluate: Callable[...,
         )
 
 
+def refuse_scarce_views(trainer: "T3DTrainer", num_views: int, validation: ValidationLosses | None = None) -> None:
+    """
+    Raise if some batch would have fewer views than prototypes, which its forward pass refuses in mid-training.
+
+    Args:
+        trainer ([`T3DTrainer`]): that has not begun.
+        num_views (`int`): local views of a pair, as the image processor cuts them.
+        validation ([`ValidationLosses`], *optional*): whose batches count, too.
+    """
+    config = trainer.unwrapped_model.config
+    if not config.lambda_tma or config.tma_loss != "swav":
+        return
+    needed = ceil(config.num_prototypes / num_views)
+    lower = f"lower model.overrides.num_prototypes={config.num_prototypes}"
+    num_pairs = smallest_training_batch(trainer)
+    if num_pairs < needed:
+        cause = "" if trainer.args.drop_last else "set training.drop_last=true, "
+        raise ConfigurationError(
+            f"the smallest training batch has {num_pairs} pairs of {num_views} views, and each prototype needs a "
+            f"view: {cause}raise training.per_device_train_batch_size, or {lower}"
+        )
+    if validation is not None and validation.global_batch_size < needed:
+        raise ConfigurationError(
+            f"a validation batch has {validation.global_batch_size} pairs of {num_views} views, and each prototype "
+            f"needs a view: give {needed} pairs to data.validation_split and to a step of all processes "
+            f"(training.per_device_train_batch_size), or {lower}, or set data.validation_split=null"
+        )
+
+
+def smallest_training_batch(trainer: "T3DTrainer") -> int:
+    """Pairs of the smallest contrastive batch of a run, over all processes."""
+    args, num_steps = trainer.args, trainer.steps_per_epoch
+    if trainer.total_steps is not None:
+        num_steps = min(num_steps, trainer.total_steps)
+    size = args.gradient_accumulation_steps
+    num_batches = min(trainer.sampler.num_batches, num_steps * size)
+    sizes = [trainer.sampler.global_size(batch) for batch in range(num_batches)]
+    # Cached gradients are those of one batch per step.
+    if args.gradient_caching:
+        sizes = [sum(sizes[first : first + size]) for first in range(0, num_batches, size)]
+    return min(sizes)
+
+
 def refuse_missing_trackers(trackers: list[str]) -> None:
     """Raise if an experiment tracker is unknown or not installed, which Accelerate would leave out in silence."""
     for name in trackers:
@@ -116,5 +164,7 @@ __all__ = [
     "device_name",
     "refuse_before_training",
     "refuse_missing_trackers",
+    "refuse_scarce_views",
     "refuse_unmeasured_metric",
+    "smallest_training_batch",
 ]

@@ -45,6 +45,12 @@ class ValidationLosses:
             shuffle=False,
         )
 
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs of a batch, over all processes."""
+        sampler = self.sampler()
+        return sampler.batch_size * sampler.num_processes
+
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """This process's batches; every process has as many, of the same size."""
         for keys in self.sampler():
