@@ -223,7 +223,8 @@ class T3DConfig(PreTrainedConfig):
         tma_negatives (`"same_query"` or `"own_query"`, defaults to `"same_query"`): whether a candidate view is pooled
             with the anchor's query, which closes the leak, or with its own pair's. `"supcon"` alone has negatives:
             the others pool each view with its own pair's query, and have no cure for the leak [choice].
-        tma_negative_pairs (`int`, *optional*): score every anchor pair against this many other pairs only; `"supcon"`.
+        tma_negative_pairs (`int`, *optional*): score every anchor pair against this many other pairs only, drawn anew
+            in every step of training and always the same in evaluation; `"supcon"`.
         num_tma_heads (`int`, defaults to 8): attention heads of the text-informed pooling [choice].
         tir_block_size (`int`, defaults to 16), tir_mask_ratio (`float`, defaults to 0.5), tir_noise (`float`, 0.1):
             Corruption that restoration undoes: edge of the zeroed blocks in voxels, the share of them, and the

@@ -498,7 +498,11 @@ class T3DForPreTraining(T3DPreTrainedModel):
             own_pair = offset + torch.arange(batch, device=device)
             view_mask = all_masks.expand(batch, -1, -1)
         else:
-            candidates = draw_candidate_pairs(batch, num_pairs, offset, num_negative_pairs, device=device)
+            # Evaluation draws the same at every call, so that its losses can be compared.
+            generator = None if self.training else torch.Generator().manual_seed(0)
+            candidates = draw_candidate_pairs(
+                batch, num_pairs, offset, num_negative_pairs, device=device, generator=generator
+            )
             own_pair = torch.zeros(batch, dtype=torch.int64, device=device)
             view_mask = all_masks[candidates]
 

@@ -188,6 +188,26 @@ def test_pairs_of_one_study_or_report_are_not_negatives(kind):
     torch.testing.assert_close(unrelated.loss, plain.loss)
 
 
+def test_negative_pairs_are_drawn_anew_in_training_alone():
+    """Validations can be compared, and what a step draws after one is not what it would draw without."""
+    model, batch = T3DForPreTraining(tiny_config(tma_negative_pairs=2)), tiny_batch(8)
+
+    def losses() -> set[float]:
+        found = set()
+        for seed in range(4):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            found.add(model(**batch).loss_tma.item())
+            assert torch.equal(torch.get_rng_state(), before) != model.training
+        return found
+
+    model.eval()
+    assert len(losses()) == 1
+    # As in training, without dropout, which would draw too.
+    model.training = True
+    assert len(losses()) > 1
+
+
 @pytest.mark.parametrize("query", ["text", "none", "vision"])
 def test_negative_pairs_limit_the_candidates(query):
     batch = tiny_batch(6)
