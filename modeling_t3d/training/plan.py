@@ -153,8 +153,8 @@ def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPla
         device=str(device),
         memory_bytes=_free_memory(device),
         num_checkpoints=max(1, min(kept or 1, saves or 1)) + (args.metric_for_best_model is not None),
-        # Two moments for every weight that trains, and the average where one is kept.
-        checkpoint_bytes=weights + 8 * trained + averages,
+        # Two moments for every weight that trains; where an average is kept, it and the model that it makes.
+        checkpoint_bytes=weights + 8 * trained + averages + (weights if averages else 0),
         disk_bytes=_free_disk(trainer.output_dir),
     )
 
