@@ -124,6 +124,9 @@ def test_the_plan_needs_no_volume_and_the_profile_no_checkpoint(pretrain, phanto
     assert "parameters of the vision tower" in plan
     assert "fits" in plan
     assert not list(tmp_path.rglob("*.t3d"))
+    with pytest.raises(ConfigurationError, match="a profile takes 7 steps, 2 of them to warm up, and the run has 3"):
+        pretrain.train(settings, resume=False, profile=True)
+    assert not (tmp_path / "run" / "profile").exists()
     settings.training.max_steps = 7
     assert pretrain.train(settings, resume=False, profile=True) == 0
     assert "| backward |" in capsys.readouterr().out

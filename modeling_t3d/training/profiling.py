@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .arguments import ConfigurationError
 from .batch_norm import training_mode
 from .gradient_caching import TwoStageModel
 from .parallel import step_gradients
@@ -99,6 +100,12 @@ def profile_steps(trainer: "T3DTrainer", folder: str | Path, *, num_steps: int =
     Returns:
         `str`: the table.
     """
+    total, needed = trainer.total_steps, warmup_steps + num_steps
+    if total is not None and total < needed:
+        raise ConfigurationError(
+            f"a profile takes {needed} steps, {warmup_steps} of them to warm up, and the run has {total}; raise "
+            "training.max_steps"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     clock = StepClock(trainer.accelerator.device)
