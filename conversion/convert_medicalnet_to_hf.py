@@ -24,7 +24,7 @@ from conversion.engine import (
     read_state_dict,
     save_converted,
 )
-from conversion.resnets import ARCHITECTURES, check_against_monai, key_rules, resnet_config
+from conversion.resnets import ARCHITECTURES, check_outputs, key_rules, resnet_config
 from modeling_t3d.configuration_t3d import T3DVisionConfig
 from modeling_t3d.modeling_t3d import T3DVisionModel
 
@@ -39,19 +39,24 @@ def medicalnet_config(depth: int, stem_stride: int = 2) -> T3DVisionConfig:
 
 
 def convert_medicalnet(
-    checkpoint: str | Path, depth: int, output_dir: str | Path, stem_stride: int = 2
+    checkpoint: str | Path,
+    depth: int,
+    output_dir: str | Path,
+    stem_stride: int = 2,
+    reference: str | Path | None = None,
 ) -> ConversionReport:
     """Convert, check and save; raises a [`ConversionError`] and writes nothing if anything does not fit."""
     state_dict = read_state_dict(checkpoint)
     model = T3DVisionModel(medicalnet_config(depth, stem_stride)).eval()
     report = load_converted(model, state_dict, key_rules(prefix=r"module\."))
-    difference = check_against_monai(model, {key.removeprefix(PREFIX): value for key, value in state_dict.items()})
+    network = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
+    check_outputs(model, network, report, reference)
     model.config.provenance = provenance(
         checkpoint,
+        report,
         parent=f"TencentMedicalNet/MedicalNet-Resnet{depth}",
         licence=LICENCE,
         data="the medical segmentation sets of MedicalNet (arXiv:1904.00625)",
-        checked_against=f"MONAI's ResNet, largest difference {difference:.1e}",
         note="strides where the original dilates its last two stages",
     )
     save_converted(model, output_dir)
@@ -65,12 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, required=True, choices=sorted(ARCHITECTURES))
     parser.add_argument("--output-dir", required=True, help="new folder for the model")
     parser.add_argument("--stem-stride", type=int, default=2, help="2 as in the original (default), or 1")
+    parser.add_argument("--reference", help="file with `input` and `output` of MONAI's network of these weights")
     options = parser.parse_args(arguments)
     try:
-        report = convert_medicalnet(options.checkpoint, options.depth, options.output_dir, options.stem_stride)
+        report = convert_medicalnet(
+            options.checkpoint, options.depth, options.output_dir, options.stem_stride, options.reference
+        )
     except ConversionError as error:
         sys.exit(f"error: {error}")
-    print(f"{report}; saved to {options.output_dir}")
+    print(f"{report}\nsaved to {options.output_dir}")
 
 
 if __name__ == "__main__":

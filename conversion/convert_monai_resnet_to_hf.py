@@ -9,6 +9,13 @@ Usage, from the root of the repository, with a file made by `torch.save(network.
 
 Channels, widths, stem kernel and shortcuts are read from the shapes. What shapes do not show must be said: the stride
 of the stem (`conv1_t_stride`) and whether it pools (`no_max_pool`). A classifier (`fc`) is left out.
+
+What was said is assumed, and the result says so, unless `--reference` names a file with what the source network gave:
+
+    network.fc = torch.nn.Identity()  # as feed_forward=False does
+    view = torch.randn(1, 1, 48, 48, 48)
+    with torch.no_grad():
+        torch.save({"input": view, "output": network.eval()(view)}, "reference.pt")
 """
 
 import argparse
@@ -25,7 +32,7 @@ from conversion.engine import (
     read_state_dict,
     save_converted,
 )
-from conversion.resnets import ARCHITECTURES, WIDTHS, check_against_monai, key_rules, resnet_config
+from conversion.resnets import ARCHITECTURES, WIDTHS, check_outputs, key_rules, resnet_config
 from modeling_t3d.configuration_t3d import T3DVisionConfig
 from modeling_t3d.modeling_t3d import T3DVisionModel
 
@@ -63,20 +70,14 @@ def convert_monai_resnet(
     parent: str | None = None,
     stem_stride: int | list[int] = 1,
     stem_pool: bool = True,
+    reference: str | Path | None = None,
 ) -> ConversionReport:
     """Convert, check and save; raises a [`ConversionError`] and writes nothing if anything does not fit."""
     state_dict = read_state_dict(checkpoint)
     model = T3DVisionModel(monai_config(state_dict, depth, stem_stride, stem_pool)).eval()
     report = load_converted(model, state_dict, key_rules(), IGNORE)
-    difference = check_against_monai(
-        model, {key: value for key, value in state_dict.items() if key not in report.ignored}
-    )
-    model.config.provenance = provenance(
-        checkpoint,
-        parent=parent or Path(checkpoint).name,
-        licence=licence,
-        checked_against=f"MONAI's ResNet, largest difference {difference:.1e}",
-    )
+    check_outputs(model, state_dict, report, reference)
+    model.config.provenance = provenance(checkpoint, report, parent=parent or Path(checkpoint).name, licence=licence)
     save_converted(model, output_dir)
     return report
 
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--stem-stride", type=int, nargs="+", default=[1], help="MONAI's conv1_t_stride: one, or z y x"
     )
     parser.add_argument("--no-stem-pool", action="store_true", help="MONAI's no_max_pool")
+    parser.add_argument("--reference", help="file with `input` and `output` of the source network, to check the stem")
     options = parser.parse_args(arguments)
     stem_stride = options.stem_stride[0] if len(options.stem_stride) == 1 else options.stem_stride
     try:
@@ -104,10 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parent=options.parent,
             stem_stride=stem_stride,
             stem_pool=not options.no_stem_pool,
+            reference=options.reference,
         )
     except (ConversionError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{report}; saved to {options.output_dir}")
+    print(f"{report}\nsaved to {options.output_dir}")
 
 
 if __name__ == "__main__":

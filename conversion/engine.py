@@ -43,7 +43,7 @@ class KeyRule:
 @dataclass
 class ConversionReport:
     """
-    What became of every key. Anything outside `converted` and `ignored` fails the conversion.
+    What became of every key, and what was checked. A key outside `converted` and `ignored` fails the conversion.
 
     Attributes:
         converted (`dict[str, str]`): target key to the source key that fills it.
@@ -52,6 +52,8 @@ class ConversionReport:
         missing (`list[str]`): the model's keys that no source key fills.
         mismatched (`list[str]`): shapes or kinds of numbers that differ, and targets that two source keys claim.
         invalid (`list[str]`): entries that are no tensors or hold NaN or infinity.
+        checked (`list[str]`): the checks that were passed.
+        assumed (`dict[str, Any]`): settings that neither the weights nor a check have shown to be the source's.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
@@ -60,6 +62,8 @@ class ConversionReport:
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    assumed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failures(self) -> dict[str, list[str]]:
@@ -75,6 +79,8 @@ class ConversionReport:
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} tensors converted, {len(self.ignored)} ignored on purpose"]
         lines += [f"{kind}: {entry}" for kind, entries in self.failures.items() for entry in entries]
+        lines += [f"checked: {check}" for check in self.checked]
+        lines += [f"assumed, not checked: {name} {value}" for name, value in self.assumed.items()]
         return "\n".join(lines)
 
 
@@ -86,14 +92,14 @@ class ConversionError(ValueError):
         self.report = report
 
 
-def read_state_dict(path: str | Path) -> dict[str, Any]:
+def read_tensors(path: str | Path) -> dict[str, Any]:
     """
-    Read a checkpoint's tensors without running anything that it holds: safetensors, or PyTorch files restricted to
-    tensors and plain containers. A mapping under the key `"state_dict"` is taken out of its container.
+    Read a file's mapping from names to tensors without running anything that it holds: safetensors, or PyTorch files
+    restricted to tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConversionError(f"there is no checkpoint file {str(path)!r}; give the path of a downloaded file")
+        raise ConversionError(f"there is no file {str(path)!r}; give the path of a downloaded file")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -106,11 +112,19 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"{str(path)!r} is no readable checkpoint; download or copy it again") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
         raise ConversionError(f"{str(path)!r} holds no state dict; expected a mapping from names to tensors")
     return dict(content)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's tensors, see [`read_tensors`]. A mapping under `"state_dict"` is taken out of its container."""
+    content = read_tensors(path)
+    if isinstance(content.get("state_dict"), Mapping):
+        content = dict(content["state_dict"])
+    if not content:
+        raise ConversionError(f"{str(path)!r} holds no state dict; expected a mapping from names to tensors")
+    return content
 
 
 def convert_state_dict(
@@ -194,15 +208,18 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def provenance(path: str | Path, *, parent: str, licence: str, **details: Any) -> dict[str, Any]:
+def provenance(
+    path: str | Path, report: ConversionReport, *, parent: str, licence: str, **details: Any
+) -> dict[str, Any]:
     """
     What `config.provenance` of a converted model records.
 
     Args:
         path (`str` or `Path`): the source file; its name (not its folder) and hash are kept.
+        report ([`ConversionReport`]): what was checked, and what was not.
         parent (`str`): name of the published checkpoint.
         licence (`str`): licence of its weights, as their authors state it.
-        details: anything else that JSON can hold, such as the data and the check that was passed.
+        details: anything else that JSON can hold, such as the data.
     """
     return {
         "stage": "converted",
@@ -210,6 +227,8 @@ def provenance(path: str | Path, *, parent: str, licence: str, **details: Any) -
         "parent_file": Path(path).name,
         "parent_sha256": sha256_of(path),
         "licence": licence,
+        "checked": report.checked,
+        "assumed_not_checked": report.assumed,
         **details,
     }
 
@@ -238,6 +257,7 @@ __all__ = [
     "load_converted",
     "provenance",
     "read_state_dict",
+    "read_tensors",
     "save_converted",
     "sha256_of",
 ]

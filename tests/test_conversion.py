@@ -27,7 +27,13 @@ from conversion.engine import (  # noqa: E402
     read_state_dict,
     save_converted,
 )
-from conversion.resnets import ARCHITECTURES, check_against_monai, key_rules, resnet_config  # noqa: E402
+from conversion.resnets import (  # noqa: E402
+    ARCHITECTURES,
+    check_against_monai,
+    check_against_reference,
+    key_rules,
+    resnet_config,
+)
 from modeling_t3d.modeling_t3d import T3DVisionModel  # noqa: E402
 
 SMALL = [4, 8, 12, 16]
@@ -196,6 +202,86 @@ def test_a_planar_network_is_refused(tmp_path):
         convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit")
 
 
+def save_reference(network, path, shape=(2, 1, 24, 22, 20)):
+    pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.save({"input": pixel_values, "output": network(pixel_values)}, path)
+
+
+def test_a_stem_that_nothing_checks_is_said_to_be_assumed(tmp_path, capsys):
+    network = small_network(feed_forward=False, conv1_t_stride=(1, 2, 2), no_max_pool=True)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--licence", "mit"]
+    convert_monai_resnet_to_hf.main([*arguments, "--output-dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "assumed, not checked: stem_stride [1, 1, 1]\nassumed, not checked: stem_pool True\n" in printed
+    facts = T3DVisionModel.from_pretrained(tmp_path / "out").config.provenance
+    assert facts["assumed_not_checked"] == {
+        "stem_stride": [1, 1, 1],
+        "stem_pool": True,
+        "activation": "relu",
+        "norm_eps": 1e-5,
+    }
+    assert not any("stem" in check for check in facts["checked"])
+
+
+def test_a_reference_checks_the_stem(tmp_path, capsys):
+    network = small_network(feed_forward=False, conv1_t_stride=(1, 2, 2), no_max_pool=True)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    save_reference(network, tmp_path / "reference.pt")
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--licence", "mit"]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--reference", str(tmp_path / "reference.pt")]
+    for wrong in ([], ["--no-stem-pool"], ["--stem-stride", "1", "2", "2"]):
+        with pytest.raises(SystemExit, match=r"error: .*pooled output differs .*reference\.pt"):
+            convert_monai_resnet_to_hf.main([*arguments, *wrong])
+        assert not (tmp_path / "out").exists()
+    convert_monai_resnet_to_hf.main([*arguments, "--no-stem-pool", "--stem-stride", "1", "2", "2"])
+    printed = capsys.readouterr().out
+    assert "checked: pooled output with stem_stride [1, 2, 2], stem_pool False against the source" in printed
+    assert "assumed" not in printed
+    facts = assert_same_outputs(tmp_path / "out", network).config.provenance
+    assert facts["assumed_not_checked"] == {}
+    assert hashlib.sha256((tmp_path / "reference.pt").read_bytes()).hexdigest() in facts["checked"][-1]
+
+
+def test_a_medicalnet_reference_checks_the_stem(tmp_path):
+    network = randomize(medicalnet_network(10))
+    save_medicalnet(network, tmp_path / "weights.pth")
+    save_reference(network, tmp_path / "reference.pt")
+    with pytest.raises(ConversionError, match="pooled output differs"):
+        convert_medicalnet(tmp_path / "weights.pth", 10, tmp_path / "out", 1, tmp_path / "reference.pt")
+    report = convert_medicalnet(tmp_path / "weights.pth", 10, tmp_path / "out", 2, tmp_path / "reference.pt")
+    assert report.assumed == {}
+
+
+def test_a_reference_that_every_stem_fits_checks_nothing(tmp_path):
+    network = small_network(feed_forward=False)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    save_reference(network, tmp_path / "reference.pt", shape=(1, 1, 1, 1, 1))
+    with pytest.raises(ConversionError, match=r"fits stem_stride .* as well, so it checks neither"):
+        convert_monai_resnet(
+            tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit", reference=tmp_path / "reference.pt"
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": None}, r"'output' of 2 axes, the second of size 16; found none"),
+        ({"input": torch.zeros(2, 3, 8, 8, 8)}, r"'input' of 5 axes, the second of size 1; found shape \(2, 3"),
+        ({"output": torch.zeros(2, 3)}, r"'output' of 2 axes, the second of size 16; found shape \(2, 3\)"),
+        ({"output": torch.full((2, 16), float("nan"))}, "'output' of the reference .* holds NaN"),
+        ({"output": torch.zeros(3, 16)}, "2 inputs and 3 outputs"),
+    ],
+)
+def test_a_reference_of_another_form_is_refused(change, message, tmp_path):
+    content = {"input": torch.zeros(2, 1, 8, 8, 8), "output": torch.zeros(2, 16), **change}
+    torch.save(content, tmp_path / "reference.pt")
+    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    with pytest.raises(ConversionError, match=message):
+        check_against_reference(model.eval(), tmp_path / "reference.pt")
+
+
 def test_the_output_check_can_fail():
     network = small_network(feed_forward=False)
     config = resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL)
@@ -286,7 +372,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(writer, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.pth", None, "no checkpoint file"),
+        ("absent.pth", None, "there is no file"),
         ("empty.pth", b"", "no readable checkpoint"),
         ("text.pth", b"not a checkpoint", "no checkpoint of tensors|no readable checkpoint"),
         ("cut.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{", "no readable checkpoint"),
