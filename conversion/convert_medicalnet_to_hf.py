@@ -28,7 +28,6 @@ from conversion.resnets import ARCHITECTURES, check_outputs, key_rules, resnet_c
 from modeling_t3d.configuration_t3d import T3DVisionConfig
 from modeling_t3d.modeling_t3d import T3DVisionModel
 
-PREFIX = "module."
 LICENCE = "MIT"
 
 
@@ -48,9 +47,8 @@ def convert_medicalnet(
     """Convert, check and save; raises a [`ConversionError`] and writes nothing if anything does not fit."""
     state_dict = read_state_dict(checkpoint)
     model = T3DVisionModel(medicalnet_config(depth, stem_stride)).eval()
-    report = load_converted(model, state_dict, key_rules(prefix=r"module\."))
-    network = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
-    check_outputs(model, network, report, reference)
+    report = load_converted(model, state_dict, key_rules())
+    check_outputs(model, state_dict, report, reference)
     model.config.provenance = provenance(
         checkpoint,
         report,

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stem_pool=not options.no_stem_pool,
             reference=options.reference,
         )
-    except (ConversionError, ValueError) as error:
+    except ConversionError as error:
         sys.exit(f"error: {error}")
     print(f"{report}\nsaved to {options.output_dir}")
 

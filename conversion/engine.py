@@ -6,6 +6,7 @@ A source adds its ordered table of `KeyRule`s, its configuration and a check of 
 """
 
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -22,6 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _CHUNK_BYTES = 1 << 20
+_CONTAINERS = ("state_dict", "model", "model_state_dict")  # names under which training scripts keep a state dict
+_PARALLEL_PREFIX = "module."
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"there is no file {str(path)!r}; give the path of a downloaded file")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -118,13 +121,31 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's tensors, see [`read_tensors`]. A mapping under `"state_dict"` is taken out of its container."""
+    """
+    A checkpoint's tensors, see [`read_tensors`]: out of the usual containers, and without the `module.` that
+    `DataParallel` puts before every name.
+    """
     content = read_tensors(path)
-    if isinstance(content.get("state_dict"), Mapping):
-        content = dict(content["state_dict"])
-    if not content:
-        raise ConversionError(f"{str(path)!r} holds no state dict; expected a mapping from names to tensors")
-    return content
+    held = [name for name in _CONTAINERS if isinstance(content.get(name), Mapping) and _has_tensors(content[name])]
+    if len(held) > 1:
+        raise ConversionError(
+            f"{str(path)!r} holds several state dicts ({', '.join(held)}); save the one to convert in its own file"
+        )
+    state_dict = content[held[0]] if held else content
+    if not _has_tensors(state_dict):
+        raise ConversionError(
+            f"{str(path)!r} holds no state dict; expected a mapping from names to tensors, bare or under one of "
+            f"{', '.join(_CONTAINERS)}"
+        )
+    if others := [key for key in state_dict if not isinstance(key, str)]:
+        raise ConversionError(f"{str(path)!r} has the key {others[0]!r}, which is no name; name every tensor by text")
+    if all(key.startswith(_PARALLEL_PREFIX) for key in state_dict):
+        state_dict = {key.removeprefix(_PARALLEL_PREFIX): value for key, value in state_dict.items()}
+    return dict(state_dict)
+
+
+def _has_tensors(mapping: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in mapping.values())
 
 
 def convert_state_dict(
@@ -234,19 +255,27 @@ def provenance(
 
 
 def save_converted(model: PreTrainedModel, output_dir: str | Path) -> None:
-    """`save_pretrained` into a new folder, which appears complete or not at all."""
-    output_dir = Path(output_dir)
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise ConversionError(f"{str(output_dir)!r} is not empty; choose a new folder or remove that one")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    """`save_pretrained` into a new or empty folder, where links lead, which appears complete or not at all."""
     try:
-        model.save_pretrained(staging)
-        staging.chmod(0o755)
-        staging.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        folder = Path(os.path.realpath(output_dir))
+        if folder == Path.cwd():
+            raise ConversionError(f"{str(output_dir)!r} is the folder you are in; choose a new folder")
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise ConversionError(f"{str(output_dir)!r} is not empty; choose a new folder or remove that one")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            model.save_pretrained(staging)
+            staging.chmod(0o755)
+            staging.rename(folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = error.strerror or "the system refuses"
+        raise ConversionError(
+            f"{str(output_dir)!r} cannot be made ({reason}); choose a new folder where you may write"
+        ) from error
 
 
 __all__ = [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from monai.networks.nets.resnet import ResNet
 
 from conversion.engine import ConversionError, ConversionReport, KeyRule, read_tensors, sha256_of
@@ -34,8 +35,8 @@ _CHECK_SHAPE = (32, 40, 48)
 TOLERANCE = 1e-5
 
 
-def key_rules(prefix: str = "") -> list[KeyRule]:
-    """The key map: every parameter and statistic keeps its name, below `encoder.`; `prefix` is removed."""
+def key_rules() -> list[KeyRule]:
+    """The key map: every parameter and statistic keeps its name, below `encoder.`."""
     norm = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
     names = [
         r"conv1\.weight",
@@ -45,7 +46,7 @@ def key_rules(prefix: str = "") -> list[KeyRule]:
         r"layer[1-4]\.\d+\.downsample\.0\.(weight|bias)",
         rf"layer[1-4]\.\d+\.downsample\.1\.{norm}",
     ]
-    return [KeyRule(rf"{prefix}({name})", r"encoder.\1") for name in names]
+    return [KeyRule(rf"({name})", r"encoder.\1") for name in names]
 
 
 def resnet_config(
@@ -62,19 +63,23 @@ def resnet_config(
     """The vision configuration of a batch-normalised ResNet of `depth` layers; `widths` are its stages' inner ones."""
     layer_type, depths = ARCHITECTURES[depth]
     widths = WIDTHS if widths is None else widths
-    return T3DVisionConfig(
-        num_channels=num_channels,
-        embedding_size=widths[0],
-        hidden_sizes=[width * _EXPANSION[layer_type] for width in widths],
-        depths=depths,
-        layer_type=layer_type,
-        stem_kernel_size=stem_kernel_size,
-        stem_stride=stem_stride,
-        stem_pool=stem_pool,
-        shortcut_type=shortcut_type,
-        downsample_bias=downsample_bias,
-        norm="batch",
-    )
+    try:
+        return T3DVisionConfig(
+            num_channels=num_channels,
+            embedding_size=widths[0],
+            hidden_sizes=[width * _EXPANSION[layer_type] for width in widths],
+            depths=depths,
+            layer_type=layer_type,
+            stem_kernel_size=stem_kernel_size,
+            stem_stride=stem_stride,
+            stem_pool=stem_pool,
+            shortcut_type=shortcut_type,
+            downsample_bias=downsample_bias,
+            norm="batch",
+        )
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"no such network can be made, check the options and the file: {reason}") from error
 
 
 def check_outputs(

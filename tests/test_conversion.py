@@ -110,17 +110,17 @@ def test_every_medicalnet_layout_maps_key_by_key(depth):
     with torch.device("meta"):
         source = medicalnet_network(depth).state_dict()
         target = T3DVisionModel(medicalnet_config(depth)).state_dict()
-    source = {f"module.{key}": torch.zeros((), dtype=v.dtype).expand(v.shape) for key, v in source.items()}
+    source = {key: torch.zeros((), dtype=v.dtype).expand(v.shape) for key, v in source.items()}
     if depth == 50:
         assert len(source) == 318
-        assert source["module.conv1.weight"].shape == (64, 1, 7, 7, 7)
-        assert source["module.layer1.0.downsample.0.weight"].shape == (256, 64, 1, 1, 1)
+        assert source["conv1.weight"].shape == (64, 1, 7, 7, 7)
+        assert source["layer1.0.downsample.0.weight"].shape == (256, 64, 1, 1, 1)
     assert any("downsample" in key for key in source) == (depth not in (18, 34))
-    tensors, report = convert_state_dict(source, target, key_rules(prefix=r"module\."))
+    tensors, report = convert_state_dict(source, target, key_rules())
     assert not report.failures
     assert not report.ignored
     assert tensors.keys() == target.keys()
-    assert all(key == f"module.{name.removeprefix('encoder.')}" for name, key in report.converted.items())
+    assert all(key == name.removeprefix("encoder.") for name, key in report.converted.items())
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_medicalnet_of_another_depth_is_refused(tmp_path):
         convert_medicalnet(tmp_path / "weights.pth", 18, tmp_path / "out")
     report = error.value.report
     assert report.unused == [
-        f"module.layer{stage}.0.downsample.{entry}"
+        f"layer{stage}.0.downsample.{entry}"
         for stage in (2, 3, 4)
         for entry in ("0.weight", *(f"1.{name}" for name in NORM_ENTRIES))
     ]
@@ -399,6 +399,110 @@ def test_a_file_without_state_dict_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ConversionError, match="holds no state dict"):
         read_state_dict(tmp_path / "weights.pt")
+
+
+def prefixed(state_dict):
+    return {f"module.{key}": value for key, value in state_dict.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        prefixed,
+        lambda s: {"state_dict": prefixed(s), "epoch": 3},
+        lambda s: {"model": s, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}}},
+        lambda s: {"model_state_dict": s},
+        lambda s: {"state_dict": s, "model": {"name": "resnet10"}},
+    ],
+    ids=["module.", "state_dict", "model", "model_state_dict", "a model without tensors"],
+)
+def test_usual_containers_and_parallel_prefixes_are_taken_off(wrap, tmp_path):
+    state_dict = small_network(feed_forward=False).state_dict()
+    torch.save(wrap(state_dict), tmp_path / "weights.pt")
+    found = read_state_dict(tmp_path / "weights.pt")
+    assert found.keys() == state_dict.keys()
+    assert all(torch.equal(found[key], value) for key, value in state_dict.items())
+
+
+def test_a_prefix_that_is_not_common_stays(tmp_path):
+    tensors = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    torch.save(tensors, tmp_path / "weights.pt")
+    assert read_state_dict(tmp_path / "weights.pt").keys() == tensors.keys()
+
+
+def test_medicalnet_without_the_parallel_prefix(tmp_path):
+    network = randomize(medicalnet_network(10))
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pth")
+    convert_medicalnet(tmp_path / "weights.pth", 10, tmp_path / "out")
+    assert_same_outputs(tmp_path / "out", network)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"state_dict": {"a": torch.zeros(1)}, "model": {"a": torch.ones(1)}},
+            r"several state dicts \(state_dict, mod",
+        ),
+        ({1: torch.zeros(1)}, "the key 1, which is no name"),
+        ({"state_dict": {"a": 1}}, "holds no state dict"),
+    ],
+)
+def test_a_state_dict_that_is_not_clear_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(ConversionError, match=message) as error:
+        read_state_dict(tmp_path / "weights.pt")
+    assert str(tmp_path / "weights.pt") in str(error.value)
+
+
+def test_safetensors_are_known_in_upper_case(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "weights.SAFETENSORS")
+    assert read_state_dict(tmp_path / "weights.SAFETENSORS") == {"a": torch.ones(1)}
+
+
+@pytest.mark.parametrize("stride", ["0", "-1"])
+def test_a_stride_that_cannot_be_is_one_line(stride, tmp_path):
+    torch.save(small_network(feed_forward=False).state_dict(), tmp_path / "weights.pt")
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--output-dir", str(tmp_path / "out")]
+    for main, more in ((convert_medicalnet_to_hf.main, []), (convert_monai_resnet_to_hf.main, ["--licence", "mit"])):
+        with pytest.raises(SystemExit, match=r"\Aerror: .*stem_stride must be .*\Z"):
+            main([*arguments, *more, f"--stem-stride={stride}"])
+
+
+def test_a_width_that_cannot_be_is_one_line(tmp_path):
+    state_dict = damaged(lambda s: s.update({"conv1.weight": torch.zeros(4, 0, 7, 7, 7)}))
+    torch.save(state_dict, tmp_path / "weights.pt")
+    with pytest.raises(ConversionError, match=r"\Ano such network can be made.*num_channels.*\Z"):
+        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit")
+
+
+def test_output_folders_that_cannot_be_are_refused(tmp_path, monkeypatch):
+    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "here")
+    refused = {
+        ".": "folder you are in",
+        "../file": "not empty",
+        "../file/below": "cannot be made",
+        "../loop": "cannot be made",
+    }
+    for name, message in refused.items():
+        with pytest.raises(ConversionError, match=rf"\A'{name}' .*{message}.*\Z"):
+            save_converted(model, name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "here", "loop"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_an_empty_or_new_folder_is_followed(exists, tmp_path):
+    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    if exists:
+        (tmp_path / "folder").mkdir()
+    save_converted(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "model.safetensors").is_file()
 
 
 def test_command_line_reports_without_a_traceback(tmp_path):
