@@ -28,7 +28,7 @@ from conversion.resnets import ARCHITECTURES, check_outputs, key_rules, resnet_c
 from modeling_t3d.configuration_t3d import T3DVisionConfig
 from modeling_t3d.modeling_t3d import T3DVisionModel
 
-LICENCE = "MIT"
+LICENSE = "mit"
 
 
 def medicalnet_config(depth: int, stem_stride: int = 2) -> T3DVisionConfig:
@@ -53,7 +53,7 @@ def convert_medicalnet(
         checkpoint,
         report,
         parent=f"TencentMedicalNet/MedicalNet-Resnet{depth}",
-        licence=LICENCE,
+        license=LICENSE,
         data="the medical segmentation sets of MedicalNet (arXiv:1904.00625)",
         note="strides where the original dilates its last two stages",
     )

@@ -5,7 +5,7 @@
 Usage, from the root of the repository, with a file made by `torch.save(network.state_dict(), "resnet18.pt")`:
 
     python -m conversion.convert_monai_resnet_to_hf --checkpoint resnet18.pt --depth 18 \
-        --licence apache-2.0 --parent "my resnet18" --output-dir my-resnet18
+        --license apache-2.0 --parent "my resnet18" --output-dir my-resnet18
 
 Channels, widths, stem kernel and shortcuts are read from the shapes. What shapes do not show must be said: the stride
 of the stem (`conv1_t_stride`) and whether it pools (`no_max_pool`). A classifier (`fc`) is left out.
@@ -66,7 +66,7 @@ def convert_monai_resnet(
     depth: int,
     output_dir: str | Path,
     *,
-    licence: str,
+    license: str,
     parent: str | None = None,
     stem_stride: int | list[int] = 1,
     stem_pool: bool = True,
@@ -77,7 +77,7 @@ def convert_monai_resnet(
     model = T3DVisionModel(monai_config(state_dict, depth, stem_stride, stem_pool)).eval()
     report = load_converted(model, state_dict, key_rules(), IGNORE)
     check_outputs(model, state_dict, report, reference)
-    model.config.provenance = provenance(checkpoint, report, parent=parent or Path(checkpoint).name, licence=licence)
+    model.config.provenance = provenance(checkpoint, report, parent=parent or Path(checkpoint).name, license=license)
     save_converted(model, output_dir)
     return report
 
@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="state dict: a PyTorch file of tensors, or safetensors")
     parser.add_argument("--depth", type=int, required=True, choices=sorted(ARCHITECTURES))
     parser.add_argument("--output-dir", required=True, help="new folder for the model")
-    parser.add_argument("--licence", required=True, help="licence of the weights, recorded in the configuration")
+    parser.add_argument(
+        "--license", "--licence", required=True, help="of the weights, as the Hub spells it; kept as given"
+    )
     parser.add_argument("--parent", help="name of the checkpoint, recorded in the configuration")
     parser.add_argument(
         "--stem-stride", type=int, nargs="+", default=[1], help="MONAI's conv1_t_stride: one, or z y x"
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.checkpoint,
             options.depth,
             options.output_dir,
-            licence=options.licence,
+            license=options.license,
             parent=options.parent,
             stem_stride=stem_stride,
             stem_pool=not options.no_stem_pool,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -230,7 +231,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def provenance(
-    path: str | Path, report: ConversionReport, *, parent: str, licence: str, **details: Any
+    path: str | Path, report: ConversionReport, *, parent: str, license: str, **details: Any
 ) -> dict[str, Any]:
     """
     What `config.provenance` of a converted model records.
@@ -239,7 +240,8 @@ def provenance(
         path (`str` or `Path`): the source file; its name (not its folder) and hash are kept.
         report ([`ConversionReport`]): what was checked, and what was not.
         parent (`str`): name of the published checkpoint.
-        licence (`str`): licence of its weights, as their authors state it.
+        license (`str`): licence of its weights, as their authors state it; kept as given, in the Hub's spelling of
+            the key.
         details: anything else that JSON can hold, such as the data.
     """
     return {
@@ -247,15 +249,55 @@ def provenance(
         "parent": parent,
         "parent_file": Path(path).name,
         "parent_sha256": sha256_of(path),
-        "licence": licence,
+        "license": license,
         "checked": report.checked,
         "assumed_not_checked": report.assumed,
         **details,
     }
 
 
+def model_card(model: PreTrainedModel) -> str:
+    """The `README.md` of a converted model: metadata for the Hub, and what `config.provenance` records."""
+    facts = model.config.provenance
+    header = ModelCardData(license=facts["license"], library_name="transformers", tags=["medical", "3d", "t3d"])
+    assumed = [f"{name}: {value}" for name, value in facts["assumed_not_checked"].items()]
+    known = {"parent", "parent_file", "parent_sha256", "license", "checked", "assumed_not_checked", "stage"}
+    more = [f"- {name}: {value}" for name, value in facts.items() if name not in known]
+    return "\n".join(
+        [
+            f"---\n{header.to_yaml()}\n---",
+            f"# {facts['parent']}, converted",
+            "",
+            f"The weights of {facts['parent']} as a `{type(model).__name__}` of modeling_t3d, a re-implementation of "
+            "T3D (arXiv 2312.01529) from its public description. They were converted, not trained again.",
+            "",
+            "**Not a medical device.** It must not be used for diagnosis, triage, treatment or any other decision "
+            "about a person.",
+            "",
+            "## Source",
+            "",
+            f"- parent: {facts['parent']}",
+            f"- file: {facts['parent_file']}, SHA-256 `{facts['parent_sha256']}`",
+            f"- licence of the weights: {facts['license']}",
+            *more,
+            "",
+            "## Checked",
+            "",
+            *(f"- {check}" for check in facts["checked"]),
+            "",
+            "## Assumed, not checked",
+            "",
+            *(f"- {entry}" for entry in assumed or ["nothing"]),
+            "",
+        ]
+    )
+
+
 def save_converted(model: PreTrainedModel, output_dir: str | Path) -> None:
-    """`save_pretrained` into a new or empty folder, where links lead, which appears complete or not at all."""
+    """
+    `save_pretrained`, with a model card, into a new or empty folder, where links lead, which appears complete or not
+    at all. `model.config.provenance` must be that of [`provenance`].
+    """
     try:
         folder = Path(os.path.realpath(output_dir))
         if folder == Path.cwd():
@@ -266,6 +308,7 @@ def save_converted(model: PreTrainedModel, output_dir: str | Path) -> None:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             model.save_pretrained(staging)
+            (staging / "README.md").write_text(model_card(model), encoding="utf-8")
             staging.chmod(0o755)
             staging.rename(folder)
         except BaseException:
@@ -284,6 +327,7 @@ __all__ = [
     "KeyRule",
     "convert_state_dict",
     "load_converted",
+    "model_card",
     "provenance",
     "read_state_dict",
     "read_tensors",

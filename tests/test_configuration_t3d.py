@@ -313,9 +313,9 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_provenance_is_saved(make, tmp_path):
-    config = make(provenance={"source": "weights.pth", "sha256": "0" * 64, "licence": "MIT"})
+    config = make(provenance={"source": "weights.pth", "sha256": "0" * 64, "license": "mit"})
     config.save_pretrained(tmp_path)
-    assert type(config).from_pretrained(tmp_path).provenance["licence"] == "MIT"
+    assert type(config).from_pretrained(tmp_path).provenance["license"] == "mit"
 
 
 def test_from_pretrained_refuses_an_unknown_keyword(tmp_path):

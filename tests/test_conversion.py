@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from monai.networks.nets import resnet as monai_resnet
 from safetensors.torch import save_file
 
@@ -22,8 +23,10 @@ from conversion.convert_medicalnet_to_hf import convert_medicalnet, medicalnet_c
 from conversion.convert_monai_resnet_to_hf import convert_monai_resnet  # noqa: E402
 from conversion.engine import (  # noqa: E402
     ConversionError,
+    ConversionReport,
     KeyRule,
     convert_state_dict,
+    provenance,
     read_state_dict,
     save_converted,
 )
@@ -97,11 +100,11 @@ def test_medicalnet_from_the_command_line(tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"{len(network.state_dict())} tensors converted, 0 ignored" in result.stdout
     model = assert_same_outputs(tmp_path / "out", network)
-    provenance = model.config.provenance
-    assert provenance["parent"] == "TencentMedicalNet/MedicalNet-Resnet10"
-    assert provenance["parent_file"] == "resnet_10.pth"
-    assert provenance["parent_sha256"] == hashlib.sha256((tmp_path / "resnet_10.pth").read_bytes()).hexdigest()
-    assert provenance["licence"] == "MIT"
+    facts = model.config.provenance
+    assert facts["parent"] == "TencentMedicalNet/MedicalNet-Resnet10"
+    assert facts["parent_file"] == "resnet_10.pth"
+    assert facts["parent_sha256"] == hashlib.sha256((tmp_path / "resnet_10.pth").read_bytes()).hexdigest()
+    assert facts["license"] == "mit"
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
@@ -154,9 +157,9 @@ def test_medicalnet_of_another_depth_is_refused(tmp_path):
 def test_monai_in_small_widths(depth, tmp_path):
     network = small_network(depth, n_input_channels=2, feed_forward=False)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    convert_monai_resnet(tmp_path / "weights.pt", depth, tmp_path / "out", licence="apache-2.0")
+    convert_monai_resnet(tmp_path / "weights.pt", depth, tmp_path / "out", license="apache-2.0")
     model = assert_same_outputs(tmp_path / "out", network, num_channels=2)
-    assert model.config.provenance["licence"] == "apache-2.0"
+    assert model.config.provenance["license"] == "apache-2.0"
     assert model.config.provenance["parent"] == "weights.pt"
 
 
@@ -173,14 +176,14 @@ def test_monai_in_small_widths(depth, tmp_path):
 def test_monai_variants(settings, options, tmp_path):
     network = small_network(18, feed_forward=False, **settings)
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    convert_monai_resnet(tmp_path / "weights.safetensors", 18, tmp_path / "out", licence="mit", **options)
+    convert_monai_resnet(tmp_path / "weights.safetensors", 18, tmp_path / "out", license="mit", **options)
     assert_same_outputs(tmp_path / "out", network)
 
 
 def test_monai_classifier_is_left_out_and_said(tmp_path):
     network = small_network(feed_forward=True, num_classes=3)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    report = convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit")
+    report = convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", license="mit")
     assert report.ignored == ["fc.weight", "fc.bias"]
     assert "2 ignored on purpose" in str(report)
     network.fc = torch.nn.Identity()
@@ -190,7 +193,7 @@ def test_monai_classifier_is_left_out_and_said(tmp_path):
 def test_monai_from_the_command_line_with_all_options(tmp_path):
     network = small_network(feed_forward=False, conv1_t_stride=(1, 2, 2), no_max_pool=True)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--licence", "mit", "--parent", "mine"]
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--license", "mit", "--parent", "mine"]
     arguments += ["--output-dir", str(tmp_path / "out"), "--stem-stride", "1", "2", "2", "--no-stem-pool"]
     convert_monai_resnet_to_hf.main(arguments)
     assert assert_same_outputs(tmp_path / "out", network).config.provenance["parent"] == "mine"
@@ -199,7 +202,14 @@ def test_monai_from_the_command_line_with_all_options(tmp_path):
 def test_a_planar_network_is_refused(tmp_path):
     torch.save(small_network(spatial_dims=2, feed_forward=False).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ConversionError, match="only 3D networks"):
-        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit")
+        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", license="mit")
+
+
+def small_model():
+    """A converted model as a converter leaves it, made from nothing."""
+    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    model.config.provenance = provenance(__file__, ConversionReport(), parent="nothing", license="mit")
+    return model.eval()
 
 
 def save_reference(network, path, shape=(2, 1, 24, 22, 20)):
@@ -211,7 +221,7 @@ def save_reference(network, path, shape=(2, 1, 24, 22, 20)):
 def test_a_stem_that_nothing_checks_is_said_to_be_assumed(tmp_path, capsys):
     network = small_network(feed_forward=False, conv1_t_stride=(1, 2, 2), no_max_pool=True)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--licence", "mit"]
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--license", "mit"]
     convert_monai_resnet_to_hf.main([*arguments, "--output-dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "assumed, not checked: stem_stride [1, 1, 1]\nassumed, not checked: stem_pool True\n" in printed
@@ -229,7 +239,7 @@ def test_a_reference_checks_the_stem(tmp_path, capsys):
     network = small_network(feed_forward=False, conv1_t_stride=(1, 2, 2), no_max_pool=True)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     save_reference(network, tmp_path / "reference.pt")
-    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--licence", "mit"]
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--license", "mit"]
     arguments += ["--output-dir", str(tmp_path / "out"), "--reference", str(tmp_path / "reference.pt")]
     for wrong in ([], ["--no-stem-pool"], ["--stem-stride", "1", "2", "2"]):
         with pytest.raises(SystemExit, match=r"error: .*pooled output differs .*reference\.pt"):
@@ -260,7 +270,7 @@ def test_a_reference_that_every_stem_fits_checks_nothing(tmp_path):
     save_reference(network, tmp_path / "reference.pt", shape=(1, 1, 1, 1, 1))
     with pytest.raises(ConversionError, match=r"fits stem_stride .* as well, so it checks neither"):
         convert_monai_resnet(
-            tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit", reference=tmp_path / "reference.pt"
+            tmp_path / "weights.pt", 10, tmp_path / "out", license="mit", reference=tmp_path / "reference.pt"
         )
 
 
@@ -277,9 +287,8 @@ def test_a_reference_that_every_stem_fits_checks_nothing(tmp_path):
 def test_a_reference_of_another_form_is_refused(change, message, tmp_path):
     content = {"input": torch.zeros(2, 1, 8, 8, 8), "output": torch.zeros(2, 16), **change}
     torch.save(content, tmp_path / "reference.pt")
-    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
     with pytest.raises(ConversionError, match=message):
-        check_against_reference(model.eval(), tmp_path / "reference.pt")
+        check_against_reference(small_model(), tmp_path / "reference.pt")
 
 
 def test_the_output_check_can_fail():
@@ -292,6 +301,34 @@ def test_the_output_check_can_fail():
         model.encoder.layer3[0].bn1.running_mean += 0.01
     with pytest.raises(ConversionError, match="differs from MONAI's network"):
         check_against_monai(model, network.state_dict())
+
+
+def test_a_converted_folder_has_a_card(tmp_path):
+    torch.save(small_network(feed_forward=False).state_dict(), tmp_path / "weights.pt")
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--parent", "my: resnet"]
+    arguments += ["--licence", "cc-by-nc-sa-4.0", "--output-dir", str(tmp_path / "out")]  # the British spelling too
+    convert_monai_resnet_to_hf.main(arguments)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict() == {
+        "license": "cc-by-nc-sa-4.0",
+        "library_name": "transformers",
+        "tags": ["medical", "3d", "t3d"],
+    }
+    facts = T3DVisionModel.from_pretrained(tmp_path / "out").config.provenance
+    assert facts["license"] == "cc-by-nc-sa-4.0"
+    digest = hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()
+    for entry in (
+        "# my: resnet, converted",
+        "re-implementation of T3D (arXiv 2312.01529) from its public description",
+        "Not a medical device.",
+        "parent: my: resnet",
+        f"file: weights.pt, SHA-256 `{digest}`",
+        "licence of the weights: cc-by-nc-sa-4.0",
+        *facts["checked"],
+        "## Assumed, not checked\n\n- stem_stride: [1, 1, 1]\n- stem_pool: True\n",
+    ):
+        assert entry in card.text
+    assert str(tmp_path) not in card.content
 
 
 # --- the engine: every refusal
@@ -320,7 +357,7 @@ def damaged(change):
 def test_each_fault_fails_and_is_named(change, kind, entry, tmp_path):
     torch.save(damaged(change), tmp_path / "weights.pt")
     with pytest.raises(ConversionError, match=f"{kind}: {entry}") as error:
-        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit")
+        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", license="mit")
     assert list(error.value.report.failures) == [kind]
     assert len(error.value.report.failures[kind]) == 1
     assert not (tmp_path / "out").exists()
@@ -464,7 +501,7 @@ def test_safetensors_are_known_in_upper_case(tmp_path):
 def test_a_stride_that_cannot_be_is_one_line(stride, tmp_path):
     torch.save(small_network(feed_forward=False).state_dict(), tmp_path / "weights.pt")
     arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--output-dir", str(tmp_path / "out")]
-    for main, more in ((convert_medicalnet_to_hf.main, []), (convert_monai_resnet_to_hf.main, ["--licence", "mit"])):
+    for main, more in ((convert_medicalnet_to_hf.main, []), (convert_monai_resnet_to_hf.main, ["--license", "mit"])):
         with pytest.raises(SystemExit, match=r"\Aerror: .*stem_stride must be .*\Z"):
             main([*arguments, *more, f"--stem-stride={stride}"])
 
@@ -473,11 +510,11 @@ def test_a_width_that_cannot_be_is_one_line(tmp_path):
     state_dict = damaged(lambda s: s.update({"conv1.weight": torch.zeros(4, 0, 7, 7, 7)}))
     torch.save(state_dict, tmp_path / "weights.pt")
     with pytest.raises(ConversionError, match=r"\Ano such network can be made.*num_channels.*\Z"):
-        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", licence="mit")
+        convert_monai_resnet(tmp_path / "weights.pt", 10, tmp_path / "out", license="mit")
 
 
 def test_output_folders_that_cannot_be_are_refused(tmp_path, monkeypatch):
-    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    model = small_model()
     (tmp_path / "here").mkdir()
     (tmp_path / "file").write_text("kept")
     (tmp_path / "loop").symlink_to("loop")
@@ -496,7 +533,7 @@ def test_output_folders_that_cannot_be_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_link_to_an_empty_or_new_folder_is_followed(exists, tmp_path):
-    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    model = small_model()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     if exists:
         (tmp_path / "folder").mkdir()
@@ -509,13 +546,13 @@ def test_command_line_reports_without_a_traceback(tmp_path):
     torch.save(damaged(lambda s: s.pop("bn1.bias")), tmp_path / "weights.pt")
     arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--output-dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=r"error: the checkpoint does not fit .*\n.*\n.*missing: encoder.bn1.bias"):
-        convert_monai_resnet_to_hf.main([*arguments, "--licence", "mit"])
+        convert_monai_resnet_to_hf.main([*arguments, "--license", "mit"])
     with pytest.raises(SystemExit, match=r"error: .*unused"):
         convert_medicalnet_to_hf.main(arguments)
 
 
 def test_nothing_is_overwritten_or_left_half_written(tmp_path):
-    model = T3DVisionModel(resnet_config(10, shortcut_type="B", downsample_bias=True, widths=SMALL))
+    model = small_model()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept.txt").write_text("kept")
     with pytest.raises(ConversionError, match="is not empty"):
