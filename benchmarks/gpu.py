@@ -5,7 +5,8 @@ measured copy bandwidth and matrix rate, and steps that the store feeds against 
 
     python benchmarks/gpu.py --output benchmarks/gpu.md
 
-Without a CUDA GPU the table says "not measured". `--device cpu` with small sizes runs the same code, for its tests.
+Without a CUDA GPU nothing is measured, and no page is written. `--device cpu` with small sizes runs the same code, for
+its tests, and prints what it finds.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 import monai
 import numpy as np
 import torch
+from measuring import add_output_argument, publish
 from monai.networks.nets.resnet import resnet50
 from torch import nn
 
@@ -31,8 +33,6 @@ from modeling_t3d.image_processing_t3d import T3DImageProcessor
 from modeling_t3d.prepared_volume_t3d import PreparedVolume
 from modeling_t3d.training.prefetch import prefetched
 from modeling_t3d.volume_transforms_t3d import whole_volume_mask
-
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -285,16 +285,13 @@ def store_rows(sizes: Sizes, device: torch.device) -> list[str]:
 
 
 def measure(sizes: Sizes, device: torch.device, processor: T3DImageProcessor) -> list[str]:
-    """All tables; or that nothing was measured."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        names = ("encoder throughput, memory, roofline", "whole step", "fed from the store")
-        return ["| on a CUDA GPU | |", "| --- | --- |", *(f"| {name} | {NOT_MEASURED} |" for name in names)]
+    """All tables."""
     tables = [encoder_rows(sizes, device), step_rows(sizes, device, processor), store_rows(sizes, device)]
     return "\n\n".join("\n".join(table) for table in tables).splitlines()
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="base")
@@ -306,12 +303,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--global-size", type=int, nargs=3, default=(128, 256, 256))
     parser.add_argument("--local-size", type=int, nargs=3, default=(64, 128, 128))
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    add_output_argument(parser)
     arguments = vars(parser.parse_args())
     output, device = arguments.pop("output"), torch.device(arguments.pop("device"))
+    is_cuda = device.type == "cuda" and torch.cuda.is_available()
+    if not is_cuda and (device.type == "cuda" or output is not None):
+        where = f", and {str(output)!r} stays as it is" if output is not None else ""
+        sys.exit(
+            f"error: nothing is measured on a CUDA GPU{where}; run where one is, or --device cpu without --output"
+        )
     edges = {name: tuple(arguments.pop(name)) for name in ("global_size", "local_size")}
     rows = measure(Sizes(**arguments), device, T3DImageProcessor(**edges))
-    is_cuda = device.type == "cuda" and torch.cuda.is_available()
     name = torch.cuda.get_device_name(device) if is_cuda else "no CUDA GPU"
     versions = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version() if is_cuda else 'none'}"
     lines = [
@@ -322,9 +324,7 @@ def main() -> None:
         "",
         *rows,
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    output.write_text(text, encoding="utf-8")
+    publish(lines, output)
 
 
 if __name__ == "__main__":

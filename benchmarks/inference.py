@@ -19,6 +19,7 @@ from pathlib import Path
 
 import monai
 import torch
+from measuring import add_output_argument, publish
 from monai.networks.nets.resnet import ResNet
 
 from modeling_t3d import T3DConfig, T3DVisionModel
@@ -144,14 +145,14 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=64, help="edge of a view in voxels")
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--branch-scale", type=float, default=0.2, help="of the random weights; see new_model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    add_output_argument(parser)
     arguments = parser.parse_args()
     model = new_model(arguments.seed, arguments.branch_scale)
     rows = measure(model, arguments.size, arguments.views, arguments.repetitions, arguments.seed)
@@ -164,9 +165,7 @@ def main() -> None:
         "",
         *rows,
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 """Measures steps that hold few activations against the step that holds all, and what multi-view alignment adds to a
 step of global alignment over the same views.
 
-    python benchmarks/memory.py                        # 16 views of 96^3; about 5 GiB and some minutes
-    python benchmarks/memory.py --size 48 --repetitions 2
+    python benchmarks/memory.py --output benchmarks/memory.md   # 16 views of 96^3; about 5 GiB and some minutes
+    python benchmarks/memory.py --size 48 --repetitions 2       # quick, and only printed
 
 Peers run in turn in this process, their gradients compared first. Peak memory is that of a process of its own for
 each, above what it held before the step, with glibc told to give freed blocks back: what it keeps of them depends on
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from measuring import add_output_argument, publish
 
 from modeling_t3d import T3DConfig, T3DForPreTraining
 from modeling_t3d.evaluation.protocol import processor_name
@@ -175,11 +176,11 @@ def alignment_rows(size: int, repetitions: int) -> list[str]:
 
 
 def main() -> None:
-    """Print the tables and write them beside the script."""
+    """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=96, help="voxels along each axis of a local view")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    add_output_argument(parser)
     parser.add_argument("--peak-of", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
@@ -211,8 +212,7 @@ def main() -> None:
         "| --- | ---: | ---: |",
         *alignment_rows(size, repetitions),
     ]
-    print("\n".join(lines))
-    arguments.output.write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 the usual divisions of rows and columns.
 
     pip install --no-deps open_clip_torch        # its loss alone is loaded, which needs torch and nothing else
-    python benchmarks/objectives.py              # the stated sizes; 2 GiB and some minutes
-    python benchmarks/objectives.py --device cuda
+    python benchmarks/objectives.py --output benchmarks/objectives.md  # the stated sizes; 2 GiB and some minutes
+    python benchmarks/objectives.py --device cuda                      # only printed
 
 Peers take turns in this process, their results compared first. Memory is the peak above where the process stood, or of
 the device's allocator.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import add_output_argument, publish
 from torch import nn
 
 from modeling_t3d.clustering_loss_t3d import sinkhorn_codes
@@ -166,9 +167,9 @@ def sinkhorn_rows(num_views: int, num_prototypes: int, repetitions: int, device:
 
 
 def main() -> None:
-    """Measures, prints and writes the table."""
+    """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    add_output_argument(parser)
     parser.add_argument("--repetitions", type=int, default=7, help="the small contrast is repeated ten times as often")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
@@ -181,7 +182,7 @@ def main() -> None:
         hardware = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     else:
         hardware = torch.cuda.get_device_name()
-    text = "\n".join(
+    publish(
         [
             "# Objectives",
             "",
@@ -194,12 +195,9 @@ def main() -> None:
             "| work | by | time or ratio | extra memory | target |",
             "| --- | --- | ---: | ---: | --- |",
             *lines,
-            "",
-        ]
+        ],
+        arguments.output,
     )
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

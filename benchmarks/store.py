@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import add_output_argument, publish
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_t3d.data.shared_batches import SharedBatchCollator
@@ -319,7 +320,7 @@ def measure_loader(shape: Sequence[int], workers: Sequence[int], items: int, rep
 
 
 def main() -> None:
-    """Print the tables, and write them where asked."""
+    """Measure and publish."""
     import blosc2
     import numcodecs
     import zarr
@@ -331,7 +332,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="timed items per loader process; 0 skips the loader")
     parser.add_argument("--repetitions", type=int, default=5, help="of each number of loader processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a Markdown file")
+    add_output_argument(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shape, patch = tuple(arguments.shape), tuple(arguments.patch)
@@ -362,9 +363,7 @@ def main() -> None:
             "",
             *measure_loader((160, 320, 320), counts, arguments.items, arguments.repetitions, arguments.seed),
         ]
-    print("\n".join(text))
-    if arguments.output:
-        arguments.output.write_text("\n".join(text) + "\n", encoding="utf-8")
+    publish(text, arguments.output)
 
 
 if __name__ == "__main__":

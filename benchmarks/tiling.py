@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Measures tiles: the cost of a plan, the memory of a grid, and the way of many classes back to the scan's own grid.
 
-    python benchmarks/tiling.py                 # the stated sizes; up to 12 GiB and some minutes
-    python benchmarks/tiling.py --scale 0.25    # a quarter along each axis
+    python benchmarks/tiling.py --output benchmarks/tiling.md   # the stated sizes; up to 12 GiB and some minutes
+    python benchmarks/tiling.py --scale 0.25                    # a quarter along each axis, only printed
 
 Peers run in turn in this process, their results compared first; memory is the process's peak above where it stood.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import add_output_argument, publish
 from monai.data.utils import dense_patch_slices
 from monai.inferers import sliding_window_inference
 
@@ -188,12 +189,12 @@ def reassembly_rows(scale: float, dtype: torch.dtype) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print the table and write it beside the script."""
+    """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="of every axis of the large volumes and tiles")
     parser.add_argument("--dtype", default="float16", help="of the 117 classes' logits; a model's autocast gives half")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    add_output_argument(parser)
     arguments = parser.parse_args()
     rows = plan_rows(arguments.repetitions) + grid_rows(arguments.scale) + peer_rows(arguments.repetitions)
     rows += reassembly_rows(arguments.scale, getattr(torch, arguments.dtype))
@@ -209,8 +210,7 @@ def main() -> None:
         "| --- | ---: |",
         *(f"| {name} | {value} |" for name, value in rows),
     ]
-    print("\n".join(lines))
-    arguments.output.write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

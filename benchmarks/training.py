@@ -23,6 +23,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
+from measuring import add_output_argument, publish
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -258,7 +259,7 @@ def format_rows(repetitions: int) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="of the stub, per turn")
     parser.add_argument("--turns", type=int, default=5)
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("--phantoms", type=int, default=320)
     parser.add_argument("--wait-steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1, help="of the stub")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    add_output_argument(parser)
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
@@ -284,9 +285,7 @@ def main() -> None:
         "",
         *data_wait_rows(arguments.wait_steps, arguments.phantoms),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

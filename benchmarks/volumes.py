@@ -28,6 +28,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from measuring import add_output_argument, publish
 
 from modeling_t3d.data.phantoms import generate_phantom
 from modeling_t3d.image_processing_t3d import T3DImageProcessor
@@ -407,9 +408,9 @@ def memory_rows(folder: Path, path: Path, shape: tuple[int, int, int]) -> list[s
 
 
 def main() -> None:
-    """Makes the input, measures, prints and writes the table."""
+    """Make the input, measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    add_output_argument(parser)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), help="z y x")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -439,7 +440,7 @@ def main() -> None:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{package} not installed")
-    text = "\n".join(
+    publish(
         [
             "# Reading and resampling",
             "",
@@ -455,12 +456,9 @@ def main() -> None:
             "| work | by | seconds | ratio | target | values |",
             "| --- | --- | --- | --- | --- | --- |",
             *lines,
-            "",
-        ]
+        ],
+        arguments.output,
     )
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
