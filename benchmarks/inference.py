@@ -11,30 +11,29 @@ instructions for bfloat16 the CPU has is read from the system: without any, bflo
 import argparse
 import platform
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import monai
 import torch
-from measuring import add_output_argument, publish
+from measuring import add_output_argument, medians, publish
 from monai.networks.nets.resnet import ResNet
 
 from modeling_t3d import T3DConfig, T3DVisionModel
 
 Encoder = Callable[[torch.Tensor], torch.Tensor]
-EXPANSION = 4  # of a bottleneck block
+EXPANSION = {"basic": 1, "bottleneck": 4}
 
 
 def monai_network(model: T3DVisionModel) -> ResNet:
-    """MONAI's network with the weights of a batch-normalised `T3DVisionModel`."""
+    """MONAI's network, in evaluation mode, with the weights of a batch-normalised `T3DVisionModel`."""
     config = model.config
     network = ResNet(
         config.layer_type,
         list(config.depths),
-        [size // EXPANSION for size in config.hidden_sizes],
+        [size // EXPANSION[config.layer_type] for size in config.hidden_sizes],
         n_input_channels=config.num_channels,
         conv1_t_size=tuple(config.stem_kernel_size),
         conv1_t_stride=tuple(config.stem_stride),
@@ -110,25 +109,19 @@ def measure(model: T3DVisionModel, size: int, count: int, repetitions: int, seed
             name: torch.nn.functional.cosine_similarity(output, reference).min().item()
             for name, output in outputs.items()
         }
-        seconds: dict[str, list[float]] = {name: [] for name in encoders}
-        for _ in range(repetitions):
-            for name, encoder in encoders.items():
-                begun = time.perf_counter()
-                encoder(views)
-                seconds[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    own = {name: value for name, value in medians.items() if name.startswith("T3D")}
+        seconds = medians({name: partial(encoder, views) for name, encoder in encoders.items()}, repetitions)
+    own = {name: value for name, value in seconds.items() if name.startswith("T3D")}
     best = min(own, key=lambda name: own[name])
-    base = medians["MONAI, eager, float32"]
+    base = seconds["MONAI, eager, float32"]
     return [
         f"| ResNet-50, {count} views of {size}^3 | ms, median | times MONAI's speed | least cosine of embeddings |",
         "| --- | ---: | ---: | ---: |",
         *(
             f"| {name} | {1000 * value:.0f} | {base / value:.2f} | {cosines[name]:.5f} |"
-            for name, value in medians.items()
+            for name, value in seconds.items()
         ),
         "",
-        f"Best: {best}, {base / medians[best]:.2f} times MONAI's speed (target >= 2.3 where the CPU computes in "
+        f"Best: {best}, {base / seconds[best]:.2f} times MONAI's speed (target >= 2.3 where the CPU computes in "
         f"bfloat16), cosine {cosines[best]:.5f} (target >= 0.999).",
     ]
 

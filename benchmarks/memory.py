@@ -17,16 +17,13 @@ import gc
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from measuring import add_output_argument, publish
+from measuring import add_output_argument, medians, publish
 
 from modeling_t3d import T3DConfig, T3DForPreTraining
 from modeling_t3d.evaluation.protocol import processor_name
@@ -107,18 +104,6 @@ def measured_peak(name: str, size: int) -> int:
     return int(json.loads(result.stdout))
 
 
-def medians(peers: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each peer; they run in turn, after one run that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for repetition in range(repetitions + 1):
-        for name, function in peers.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def gradients_of_steps(size: int, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients, in float64, of one step in each way."""
     model = build_model().to(dtype)
@@ -152,7 +137,9 @@ def memory_rows(size: int, repetitions: int) -> list[str]:
     errors = gradient_errors(size)
     assert max(errors[torch.float64].values()) < 1e-10, f"gradients differ: {errors}"
     model, batch = build_model(), build_batch(size, NUM_PAIRS, NUM_VIEWS)
-    seconds = medians({name: (lambda name=name: run_step(model, batch, name)) for name in STEPS}, repetitions)
+    seconds = medians(
+        {name: (lambda name=name: run_step(model, batch, name)) for name in STEPS}, repetitions, warm_up=1
+    )
     peaks = {name: measured_peak(name, size) for name in STEPS}
     first = STEPS[0]
     return [
@@ -170,7 +157,8 @@ def alignment_rows(size: int, repetitions: int) -> list[str]:
         "GCA alone": build_model(view_fusion="mean", lambda_tma=0.0),
         "GCA and TMA": build_model(view_fusion="mean"),
     }
-    seconds = medians({name: (lambda m=m: run_step(m, batch, STEPS[0])) for name, m in models.items()}, repetitions)
+    steps = {name: (lambda m=m: run_step(m, batch, STEPS[0])) for name, m in models.items()}
+    seconds = medians(steps, repetitions, warm_up=1)
     first = next(iter(models))
     return [f"| {name} | {seconds[name]:.2f} s | {seconds[name] / seconds[first]:.2f} |" for name in models]
 

@@ -17,14 +17,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import add_output_argument, publish
+from measuring import add_output_argument, medians, publish, synchronise
 from torch import nn
 
 from modeling_t3d.clustering_loss_t3d import sinkhorn_codes
@@ -54,34 +52,15 @@ def tiled_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> 
     return total / count
 
 
-def finished(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def medians(functions: dict[str, Callable[[], Any]], repetitions: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each function, the median of runs in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repetitions):
-        for name, function in functions.items():
-            finished(device)
-            start = time.perf_counter()
-            function()
-            finished(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(runs) for name, runs in seconds.items()}
-
-
 def extra_memory(function: Callable[[], Any], device: torch.device) -> int:
     """Bytes that a call needs at once above what was there before."""
     gc.collect()
     if device.type == "cuda":
-        finished(device)
+        synchronise(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        finished(device)
+        synchronise(device)
         return torch.cuda.max_memory_allocated() - before
 
     def status(field: str) -> int:

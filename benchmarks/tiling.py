@@ -11,7 +11,6 @@ Peers run in turn in this process, their results compared first; memory is the p
 import argparse
 import gc
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import add_output_argument, publish
+from measuring import add_output_argument, medians, publish
 from monai.data.utils import dense_patch_slices
 from monai.inferers import sliding_window_inference
 
@@ -57,17 +56,6 @@ def prepared_trunk(shape: tuple[int, int, int], spacing: tuple[float, float, flo
     array = np.random.default_rng(0).integers(-1000, 1000, shape, dtype=np.int16)
     affine = affine_from_axes(spacing, "SAR")
     return PreparedVolume(array, affine, BodyMask(cells, cell, Box((0, 0, 0), shape), shape))
-
-
-def medians(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Seconds of each function, the median of runs in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repetitions):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(runs) for name, runs in seconds.items()}
 
 
 def plan_rows(repetitions: int) -> list[tuple[str, str]]:

@@ -59,3 +59,52 @@ def test_without_a_gpu_no_page_of_one_is_written(arguments, load, written, monke
     with pytest.raises(SystemExit, match=r"\Aerror: nothing is measured on a CUDA GPU.*\Z"):
         script.main()
     assert not written
+
+
+def test_peers_take_turns_and_warm_up_does_not_count(load, monkeypatch):
+    measuring, calls, clock = load("measuring"), [], [0.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+
+    def work(name, seconds):
+        calls.append(name)
+        clock[0] += 100 if len(calls) < 3 else seconds  # the first round is slow
+
+    found = measuring.medians({"a": lambda: work("a", 2), "b": lambda: work("b", 3)}, repetitions=2, warm_up=1)
+    assert calls == ["a", "b"] * 3
+    assert found == {"a": 2, "b": 3}
+
+
+def tiny_sizes(gpu):
+    return gpu.Sizes(preset="tiny", view=16, views=2, matrix=16, copied=1 << 10, repetitions=2)
+
+
+def test_the_encoder_is_timed_in_turn_with_the_network_whose_weights_it_has(load, monkeypatch):
+    gpu = load("gpu")
+    timed = {}
+
+    def spied(peers, repetitions, device, warm_up):
+        timed.update(peers)
+        return dict.fromkeys(peers, 0.5)
+
+    monkeypatch.setattr(gpu, "device_limits", lambda *args: (1e9, 1e9))
+    monkeypatch.setattr(gpu, "medians", spied)
+    rows = gpu.encoder_rows(tiny_sizes(gpu), torch.device("cpu"))
+    same, others = gpu.encoders("tiny")
+    assert list(timed) == [*same, *others]
+    assert [row.split("|")[3].strip() for row in rows[2:7]] == ["1.00", "1.00", "1.00", "", ""]
+    for model in same.values():
+        assert any(isinstance(module, torch.nn.BatchNorm3d) for module in model.modules())
+    theirs = same[gpu.MONAI].state_dict()
+    ours = same["T3D, batch norm, channels-last 3D"].encoder.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_an_encoder_that_differs_is_not_timed(load):
+    gpu = load("gpu")
+    same, _ = gpu.encoders("tiny")
+    views = torch.randn(2, 1, 16, 16, 16)
+    assert gpu.largest_difference(same, views) <= 1e-9
+    with torch.no_grad():
+        same["T3D, batch norm, contiguous"].encoder.layer2[0].bn1.weight += 1e-3
+    with pytest.raises(SystemExit, match=r"error: T3D, batch norm, contiguous differs from MONAI"):
+        gpu.largest_difference(same, views)
