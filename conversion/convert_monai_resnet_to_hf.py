@@ -88,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="state dict: a PyTorch file of tensors, or safetensors")
     parser.add_argument("--depth", type=int, required=True, choices=sorted(ARCHITECTURES))
     parser.add_argument("--output-dir", required=True, help="new folder for the model")
-    parser.add_argument(
-        "--license", "--licence", required=True, help="of the weights, as the Hub spells it; kept as given"
-    )
+    parser.add_argument("--license", required=True, help="of the weights, as the Hub spells it; kept as given")
     parser.add_argument("--parent", help="name of the checkpoint, recorded in the configuration")
     parser.add_argument(
         "--stem-stride", type=int, nargs="+", default=[1], help="MONAI's conv1_t_stride: one, or z y x"

@@ -306,7 +306,7 @@ def test_the_output_check_can_fail():
 def test_a_converted_folder_has_a_card(tmp_path):
     torch.save(small_network(feed_forward=False).state_dict(), tmp_path / "weights.pt")
     arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--depth", "10", "--parent", "my: resnet"]
-    arguments += ["--licence", "cc-by-nc-sa-4.0", "--output-dir", str(tmp_path / "out")]  # the British spelling too
+    arguments += ["--license", "cc-by-nc-sa-4.0", "--output-dir", str(tmp_path / "out")]
     convert_monai_resnet_to_hf.main(arguments)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.to_dict() == {
