@@ -205,8 +205,8 @@ def _check_normalisation(kwargs: dict[str, Any]) -> None:
             continue
         kwargs[key] = tuple(value) if isinstance(value, list) else value
         numbers = (float(value),) if isinstance(value, Real) else _numbers(value)
-        is_wide = key == "image_mean" or min(numbers, default=0) > 0
-        if len(numbers) not in (1, num_channels) or not is_wide or not all(map(math.isfinite, numbers)):
+        is_allowed = key == "image_mean" or min(numbers, default=0) > 0
+        if len(numbers) not in (1, num_channels) or not is_allowed or not all(map(math.isfinite, numbers)):
             wanted = "finite numbers" if key == "image_mean" else "finite numbers above 0"
             raise ValueError(f"{key} must hold 1 or {num_channels} (one per channel) {wanted}, got {value!r}")
     factor = kwargs.get("rescale_factor")

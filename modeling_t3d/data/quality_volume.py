@@ -75,7 +75,7 @@ def _without_path(text: str, path: Path) -> str:
     for named in (str(path.resolve()), str(path), path.name, *sorted(inside, key=len, reverse=True)):
         # Whole names alone, and no number as short as those that a message gives in mm.
         if not re.fullmatch(r"\d{0,4}", named):
-            text = re.sub(rf"(?<![\w.]){re.escape(named)}(?![\w.]\w)", "", text)
+            text = re.sub(rf"(?<![\w.]){re.escape(named)}(?!\w|\.\w)", "", text)
     return text.lstrip(": ")
 
 

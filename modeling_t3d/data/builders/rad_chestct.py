@@ -132,7 +132,7 @@ def build_rad_chestct(folder: Path) -> Release:
 
 
 def _read_labels(path: Path, volumes: dict[str, Path]) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Study and findings, present when at any location, else unknown when at any; studies without a volume are not."""
+    """Studies that have a volume, and their findings: present at any location, else unknown if one is not stated."""
     header, rows = read_wide_table(path, ["NoteAcc_DEID"])
     key = header.index("NoteAcc_DEID")
     places: dict[str, list[int]] = {}
