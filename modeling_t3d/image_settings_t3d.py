@@ -156,7 +156,8 @@ def _whole(value: Any) -> int | None:
 def _numbers(values: Any) -> tuple[float, ...]:
     """Several numbers as floats; nothing for anything else."""
     entries = tuple(values) if isinstance(values, Iterable) else ()
-    return tuple(float(entry) for entry in entries) if all(isinstance(entry, Real) for entry in entries) else ()
+    are_numbers = all(isinstance(entry, Real) and not isinstance(entry, bool) for entry in entries)
+    return tuple(map(float, entries)) if are_numbers else ()
 
 
 def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
