@@ -80,7 +80,7 @@ def test_every_part_gets_its_own_time(tmp_path, monkeypatch, settings, num_parts
     seconds = clocks[0].seconds
     assert seconds["objectives"] >= 0.2
     assert seconds["backward"] >= 0.2 * num_parts
-    assert seconds["transfer"] < 0.2
+    assert seconds["transfer"] < seconds["backward"]
     assert not clocks[0]._open
 
 
