@@ -61,10 +61,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder that pre-training saved")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest of phantoms with splits and masks")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and attention.png")
-    parser.add_argument("--num-probe", type=int, default=1000, help="training volumes that fit the linear baselines")
+    parser.add_argument(
+        "--num-probe", type=int, default=1000, help="training volumes of the linear baselines; 0: none"
+    )
     parser.add_argument("--num-workers", type=int, default=0, help="processes that prepare volumes; 0 uses this one")
     parser.add_argument("--num-resamples", type=int, default=1000, help="bootstrap replicates of the intervals")
     arguments = parser.parse_args()
+    if arguments.num_probe < 0:
+        parser.error(f"--num-probe must be 0 or more, got {arguments.num_probe}")
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     model = T3DForPreTraining.from_pretrained(arguments.model).eval()
     processor = T3DProcessor.from_pretrained(arguments.model)
@@ -82,7 +86,7 @@ def main() -> None:
         processor,
         splits["test"],
         EVALUATION_PROMPTS,
-        train=splits["train"],
+        train=splits["train"] if arguments.num_probe else None,
         validation=splits["validation"],
         collator=PretrainingCollator(processor),
         batch_size=32,

@@ -46,17 +46,16 @@ def test_phantoms_pretraining_evaluation_and_the_embedding_of_a_scan(tmp_path):
             "evaluate_phantoms.py", "--model", run / "model", "--manifest", other, "--output", tmp_path, status=1
         )
         assert message in said.splitlines()[-1]
-    said = call(
-        "evaluate_phantoms.py",
-        *("--model", run / "model", "--manifest", phantoms / "manifest.csv", "--output", tmp_path / "evaluation"),
-        *("--num-probe", "8", "--num-resamples", "20"),
-    )
+    evaluate = ("evaluate_phantoms.py", "--model", run / "model", "--manifest", manifest, "--num-resamples", "20")
+    said = call(*evaluate, "--output", tmp_path / "evaluation", "--num-probe", "8")
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert all(finding in said for finding in EVALUATION_PROMPTS)
     assert Image.open(tmp_path / "evaluation" / "attention.png").size[0] > 100
     assert results["protocol"]["num_studies"] == 12
     assert {"diffuse", "focal", "macro"} <= results["zero_shot"]["groups"].keys()
     assert {"shortcut baseline", "linear probe"} <= results["comparisons"].keys()
+    call(*evaluate, "--output", tmp_path / "no-baselines", "--num-probe", "0")
+    assert json.loads((tmp_path / "no-baselines" / "results.json").read_text())["comparisons"] == {}
 
     # What was chosen for training is what the folder says and evaluation reads; the README's lines embed a scan.
     model, processor = AutoModel.from_pretrained(run / "model"), AutoProcessor.from_pretrained(run / "model")

@@ -43,7 +43,7 @@ def explain_findings(text: str, descriptions: Mapping[str, str]) -> str:
     explained: set[int] = set()
 
     def explain(match: re.Match[str]) -> str:
-        position = next(number for number, words in enumerate(match.groups()) if words)
+        position = next(number for number, found in enumerate(match.groups()) if found)
         if position in explained:
             return match[0]
         explained.add(position)
