@@ -11,10 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
 from .image_processing_t3d import T3DImageProcessorKwargs
+from .image_settings_t3d import refuse_unknown
 
 REPORT_SECTIONS = ("both", "findings", "impression")
 PRESENT_TEMPLATE = "{} is present."
@@ -170,6 +172,24 @@ class T3DProcessor(ProcessorMixin):
             None if finding_descriptions is None else check_descriptions(finding_descriptions, "finding_descriptions")
         )
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(  # type: ignore[override]
+        self, images: Any = None, text: str | list[str] | None = None, **kwargs: Unpack[T3DProcessorKwargs]
+    ) -> BatchFeature:
+        """Volumes, texts or both, as tensors.
+
+        Args:
+            images: as [`T3DImageProcessor`] takes them.
+            text (`str` or `list[str]`): reports or prompts.
+            kwargs: arguments of the image processor's call and of the tokenizer's, or of one of them in
+                `images_kwargs` and `text_kwargs`. Transformers would ignore an unknown one; here it is a `TypeError`.
+        """
+        known = (T3DProcessorKwargs, T3DImageProcessorKwargs, TextKwargs)
+        names = [name for arguments in known for name in arguments.__annotations__]
+        # A habit of Transformers' callers, of which its later versions take no notice.
+        names.append("common_kwargs")
+        refuse_unknown(kwargs, names, "argument", owner="T3DProcessor")
+        return super().__call__(images, text, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any

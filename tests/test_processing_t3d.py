@@ -5,6 +5,7 @@
 import doctest
 import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_arguments_reach_their_modality():
     assert torch.equal(flat["input_ids"], nested["input_ids"])
     with pytest.raises(ValueError, match="two times"):
         processor(images=array, affine=AFFINE, images_kwargs={"seed": 1}, seed=2)
+
+
+def test_unknown_arguments_are_refused():
+    processor = make_processor()
+    for unknown, message in (({"vews": 2}, "no argument 'vews'; did you mean 'views'?"), ({"audio": [1]}, "'audio'")):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            processor(images=body_array(), text="nodule", affine=AFFINE, **unknown)
 
 
 def test_settings_of_the_parts_are_kept():
