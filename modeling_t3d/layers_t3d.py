@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_fake_tensor
 
 from .configuration_t3d import T3DConfig
 from .encoders_t3d import eager_attention_forward
@@ -58,11 +60,29 @@ class T3DProjectionHead(nn.Module):
         self.norm = nn.LayerNorm(hidden_size) if norm == "layer" else nn.BatchNorm1d(hidden_size)
         self.output_projection = nn.Linear(hidden_size, output_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., input_size)` to `(..., output_size)`; a batch norm takes its statistics over all leading axes."""
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        `(..., input_size)` to `(..., output_size)`. A batch norm takes its statistics over all leading axes, without
+        what the mask, of their shape, leaves out: padding would change what is not padded.
+        """
         hidden_states = self.input_projection(hidden_states)
-        hidden_states = self.norm(hidden_states.reshape(-1, hidden_states.shape[-1])).view_as(hidden_states)
-        return self.output_projection(nn.functional.relu(hidden_states))
+        vectors = hidden_states.reshape(-1, hidden_states.shape[-1])
+        kept = None if mask is None else self._kept(mask.flatten())
+        if kept is None:
+            vectors = self.norm(vectors)
+        else:
+            vectors = vectors.index_put((kept,), self.norm(vectors[kept]))
+        return self.output_projection(nn.functional.relu(vectors.view_as(hidden_states)))
+
+    def _kept(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Which vectors a batch norm in training takes its statistics over; `None` for all of them."""
+        if not isinstance(self.norm, _BatchNorm) or not self.norm.training:
+            return None
+        if is_fake_tensor(mask) and not torch.compiler.is_compiling():  # a forecast of memory: no mask has content
+            return None
+        kept = mask.nonzero().squeeze(1)
+        # One vector has no statistics of its own.
+        return kept if 1 < len(kept) < len(mask) else None
 
 
 class T3DViewFusionLayer(GradientCheckpointingLayer):

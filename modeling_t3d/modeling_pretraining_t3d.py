@@ -138,14 +138,21 @@ class T3DForPreTraining(T3DPreTrainedModel):
         """Whether a term other than that of sentences reads the volumes' embeddings."""
         return self.config.lambda_gca > 0 and self.config.gca_views == "volume"
 
-    def project_tokens(self, local_hidden_state: torch.Tensor, projects_others: bool = True) -> torch.Tensor:
+    def project_tokens(
+        self,
+        local_hidden_state: torch.Tensor,
+        local_mask: torch.Tensor | None = None,
+        projects_others: bool = True,
+    ) -> torch.Tensor:
         """
-        Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`. Running batch
-        statistics are those of pooled volumes or views, where these are projected too.
+        Token maps `(batch, views, hidden_size, d, h, w)` to `(batch, views, tokens, projection_dim)`; the mask,
+        `(batch, views)`, names the views that exist. Running batch statistics are those of pooled volumes or views,
+        where these are projected too.
         """
-        projection = self.t3d.visual_projection
+        projection, tokens = self.t3d.visual_projection, local_hidden_state.flatten(3).transpose(2, 3)
+        exists = None if local_mask is None else local_mask[..., None].expand(tokens.shape[:-1])
         with frozen_batch_norm_statistics(projection) if projects_others else nullcontext():
-            return self.t3d.visual_projection(local_hidden_state.flatten(3).transpose(2, 3))
+            return projection(tokens, exists)
 
     def encode_sentences(
         self,
@@ -208,7 +215,12 @@ class T3DForPreTraining(T3DPreTrainedModel):
         with frozen_batch_norm_statistics(self.t3d.vision_model) if encodes_whole else nullcontext():
             maps, _ = self.t3d.encode_local_views(corrupted.unflatten(0, (batch, num_views)), local_mask)
         restored = self.restoration(maps, report_tokens, report_mask, local_pixel_values.shape[3:])
-        sums, counts = restoration_errors(restored, local_pixel_values.flatten(0, 1), zeroed)
+        views = local_pixel_values
+        if local_mask is not None:
+            # Whatever stands in the place of a missing view, NaN too, would reach the gradients times zero.
+            missing = ~local_mask.to(views.device, torch.bool)
+            views = views.masked_fill(missing[..., None, None, None, None], 0.0)
+        sums, counts = restoration_errors(restored, views.flatten(0, 1), zeroed)
         return sums.unflatten(0, (batch, num_views)), counts.unflatten(0, (batch, num_views))
 
     def _report_features(
@@ -228,7 +240,9 @@ class T3DForPreTraining(T3DPreTrainedModel):
         # Views that ask teach the text branch nothing; restoration does. Batch statistics are those of whole texts.
         learns = torch.is_grad_enabled() and self.restoration is not None
         with torch.set_grad_enabled(learns), frozen_batch_norm_statistics(self.t3d.text_projection):
-            tokens = self.t3d.text_projection(last_hidden_state).to(device)
+            tokens = self.t3d.text_projection(last_hidden_state, attention_mask.to(last_hidden_state.device)).to(
+                device
+            )
         if self._aligns_views and self.config.tma_query == "vision":
             features["report_tokens"], features["report_mask"] = tokens.detach(), mask
         if self.restoration is not None:
@@ -307,9 +321,10 @@ class T3DForPreTraining(T3DPreTrainedModel):
             features["local_mask"] = exists.to(device, torch.bool)
         if reads_views and self.multi_view_alignment is not None:
             projects_views = self.config.gca_views == "local" and self.config.lambda_gca > 0
-            features["local_tokens"] = self.project_tokens(maps, projects_views or features.image_features is not None)
+            projects_others = projects_views or features.image_features is not None
+            features["local_tokens"] = self.project_tokens(maps, features.local_mask, projects_others)
         if reads_views and (self.config.gca_views == "local" or self.config.tma_query == "mean"):
-            features["local_features"] = self.t3d.visual_projection(maps.mean(dim=(3, 4, 5)))
+            features["local_features"] = self.t3d.visual_projection(maps.mean(dim=(3, 4, 5)), features.local_mask)
         if restores or (return_loss and self._aligns_views and self.config.tma_query == "vision"):
             report = self._report_features(
                 text_output.last_hidden_state, attention_mask, device, local_pixel_values, local_mask, corruption_seeds

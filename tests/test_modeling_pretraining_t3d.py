@@ -158,6 +158,39 @@ def test_padding_leaves_the_losses_alone(query, negatives):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"tma_query": "text"},
+        {"tma_query": "vision"},
+        {"objective": "gtgm"},
+        {"lambda_tir": 1.0, "lambda_tma": 0.0, "tir_block_size": 4},
+    ],
+    ids=["text asks", "vision asks", "gtgm", "restoration"],
+)
+def test_padding_stays_out_of_the_statistics_of_the_heads(overrides):
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = tiny_config(projection_norm="batch", text_config=without_dropout, **overrides)
+    batch = tiny_batch()
+    batch["local_mask"] = torch.ones_like(batch["local_mask"])
+    padded = {name: nn.functional.pad(batch[name], (0, 4)) for name in ("input_ids", "attention_mask")}
+    for name in ("local_pixel_values", "local_positions"):
+        padded[name] = torch.cat([batch[name], torch.full_like(batch[name][:, :2], torch.nan)], dim=1)
+    padded["local_mask"] = nn.functional.pad(batch["local_mask"], (0, 2))
+    seen = []
+    for inputs in (batch, {**batch, **padded}):
+        torch.manual_seed(0)
+        model = T3DForPreTraining(config).train()
+        loss = model(**inputs, corruption_seeds=torch.arange(3)).loss
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        heads = (model.t3d.visual_projection.norm, model.t3d.text_projection.norm)
+        statistics = [value for head in heads for value in (head.running_mean, head.running_var)]
+        seen.append((loss, torch.cat(gradients), torch.cat(statistics)))
+    for first, second in zip(*seen, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-5)
+
+
 def test_pairs_with_fewer_than_two_views_are_skipped_and_counted():
     model, batch = T3DForPreTraining(tiny_config()), tiny_batch(4)
     batch["local_mask"] = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
