@@ -22,6 +22,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .classification_labels_t3d import infer_problem_type, prepare_labels
 from .communication_t3d import all_gather, gather_sizes, global_mean, rank
 from .configuration_t3d import T3DConfig, T3DVisionConfig
 from .contrastive_loss_t3d import contrastive_sigmoid, contrastive_softmax
@@ -604,15 +605,21 @@ class T3DForImageClassification(T3DPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, depth, height, width)`): global views.
             labels (`torch.LongTensor` of shape `(batch,)` or `torch.Tensor` of shape `(batch, num_labels)`,
-                *optional*): classes, or one number per label.
+                *optional*): classes, or one number per label. The loss is the mean over those that are known; see
+                [`~classification_labels_t3d.prepare_labels`].
         """
         output = self.vision_model(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None
         if labels is not None:
-            if self.config.problem_type in ("multi_label_classification", "regression"):
-                labels = labels.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = self.loss_function(labels, logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config)
+            if self.config.problem_type is None:
+                self.config.problem_type = infer_problem_type(labels, self.config.num_labels)
+            labels, known = prepare_labels(labels, logits, self.config.problem_type)
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if not known.all():
+                labels, scores = labels[known], scores[known]
+            # Of nothing the mean would be NaN.
+            loss = self.loss_function(labels, scores, self.config) if len(labels) else 0.0 * logits.sum()
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )

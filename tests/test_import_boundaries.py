@@ -22,6 +22,7 @@ ALLOWED = {
     "restoration_t3d": {"communication_t3d", "configuration_t3d", "counter_noise_t3d", "encoder_blocks_t3d"},
     "geometry_t3d": set(),
     "communication_t3d": set(),
+    "classification_labels_t3d": set(),
     "pair_relations_t3d": {"communication_t3d"},
     "contrastive_loss_t3d": {"pair_relations_t3d"},
     "clustering_loss_t3d": {"communication_t3d"},
@@ -96,7 +97,7 @@ ALLOWED = {
         "volume_transforms_t3d",
         "volume_io_t3d",
     },
-    "processing_t3d": {"image_processing_t3d"},
+    "processing_t3d": {"image_processing_t3d", "image_settings_t3d"},
     "layers_t3d": {"configuration_t3d", "encoders_t3d"},
     "modeling_outputs_t3d": set(),
     # The head and the pipeline are named for the exporter of custom code alone: those imports are never executed.
@@ -109,6 +110,7 @@ ALLOWED = {
         "restoration_t3d",
     },
     "modeling_t3d": {
+        "classification_labels_t3d",
         "communication_t3d",
         "configuration_t3d",
         "contrastive_loss_t3d",
