@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# What `PreTrainedConfig` accepts beyond its dataclass fields, and the keys that saving and the Hub add to a config.
+# What `PreTrainedConfig` accepts beyond its dataclass fields, and the keys that saving, the Hub and, given a processor
+# with a tokenizer, `Trainer` add to a config.
 _BASE_KEYS = frozenset(
     {
         "_attn_implementation_internal",
@@ -17,12 +18,15 @@ _BASE_KEYS = frozenset(
         "_name_or_path",
         "attn_implementation",
         "auto_map",
+        "bos_token_id",
         "custom_pipelines",
+        "eos_token_id",
         "experts_implementation",
         "model_type",
         "name_or_path",
         "num_labels",
         "output_attentions",
+        "pad_token_id",
         "quantization_config",
         "tie_word_embeddings",
         "torch_dtype",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_inputs import tiny_batch, tiny_config, tiny_vit_config
 from safetensors.torch import load_file
+from tiny_checkpoint import tiny_processor
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -416,6 +417,20 @@ def test_the_trainers_first_step_is_that_of_the_whole_batch(tmp_path, problem_ty
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, parameter in model.named_parameters():
         assert (before[name] - parameter - gradients[name]).abs().max() <= 1e-5 * max(largest, 1), name
+
+
+def test_what_a_trainer_with_a_processor_saves_loads_again(tmp_path):
+    processor = tiny_processor()
+    processor.tokenizer.bos_token = processor.tokenizer.cls_token
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True)
+    data = [{"pixel_values": torch.randn(1, 8, 16, 16), "labels": label} for label in (0, 1)]
+    model = build(T3DForImageClassification, "resnet")
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, processing_class=processor)
+    trainer.train()
+    trainer.save_model()
+    loaded = T3DForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.pad_token_id == processor.tokenizer.pad_token_id
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_the_trainer_pre_trains_and_evaluates(tmp_path):

@@ -37,7 +37,7 @@ class LeakReport:
 
     def describe(self) -> str:
         """One line for a log or a table."""
-        leak = "undefined (the loss is within 0.05 of chance)" if self.leak is None else f"{self.leak:.3f}"
+        leak = "undefined (the loss is not 0.05 below chance)" if self.leak is None else f"{self.leak:.3f}"
         return (
             f"TMA loss {self.loss:.3f}, with shuffled views {self.loss_shuffled:.3f}, "
             f"chance {self.chance:.3f}, leak {leak}"
