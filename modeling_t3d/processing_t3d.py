@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
@@ -183,13 +184,26 @@ class T3DProcessor(ProcessorMixin):
             text (`str` or `list[str]`): reports or prompts.
             kwargs: arguments of the image processor's call and of the tokenizer's, or of one of them in
                 `images_kwargs` and `text_kwargs`. Transformers would ignore an unknown one; here it is a `TypeError`.
+
+        Raises:
+            ValueError: for a text of more tokens than the text tower has positions for; `truncation=True` cuts it, and
+                `encode_reports` cuts and counts.
         """
         known = (T3DProcessorKwargs, T3DImageProcessorKwargs, TextKwargs)
         names = [name for arguments in known for name in arguments.__annotations__]
         # A habit of Transformers' callers, of which its later versions take no notice.
         names.append("common_kwargs")
         refuse_unknown(kwargs, names, "argument", owner="T3DProcessor")
-        return super().__call__(images, text, **kwargs)
+        inputs = super().__call__(images, text, **kwargs)
+        limit = self.tokenizer.model_max_length
+        # Without padding, which a caller may want as long as it is.
+        longest = max((int(np.asarray(mask).sum()) for mask in inputs.get("attention_mask", ())), default=0)
+        if longest > limit:
+            raise ValueError(
+                f"a text has {longest} tokens, and the text tower takes {limit}; pass truncation=True and "
+                f"max_length={limit}, or call encode_reports, which cuts reports and counts those that it cut"
+            )
+        return inputs
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -199,6 +213,10 @@ class T3DProcessor(ProcessorMixin):
         # Saving leaves the code map behind as an attribute, though it describes the folder and not this object.
         self.__dict__.pop("auto_map", None)
         return saved
+
+    @property
+    def _report_limit(self) -> int:
+        return min(self.max_report_tokens, self.tokenizer.model_max_length)
 
     def compose_report(self, findings: str | None, impression: str | None) -> str | None:
         """The text of a report under this processor's settings; `None` if it is too short."""
@@ -212,7 +230,7 @@ class T3DProcessor(ProcessorMixin):
         """
         if not reports:
             raise ValueError("there are no reports to encode: pass at least one")
-        limit = min(self.max_report_tokens, self.tokenizer.model_max_length)
+        limit = self._report_limit
         lengths = [len(ids) for ids in self.tokenizer(list(reports), verbose=False)["input_ids"]]
         encoding = self.tokenizer(
             list(reports), padding=True, truncation=True, max_length=limit, return_tensors="pt", verbose=False
@@ -240,7 +258,7 @@ class T3DProcessor(ProcessorMixin):
             [
                 self.image_processor.describe(),
                 f"reports       {sections[self.report_sections]}; fewer than {self.min_report_words} words: dropped; "
-                f"more than {self.max_report_tokens} tokens: truncated",
+                f"more than {self._report_limit} tokens: truncated",
                 f"prompts       {self.present_template!r} against {self.absent_template!r}"
                 + (f"; {len(self.finding_descriptions)} findings described" if self.finding_descriptions else ""),
             ]

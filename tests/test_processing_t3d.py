@@ -197,6 +197,15 @@ def test_long_reports_are_truncated_and_counted():
     assert short.encode_reports(["the lungs are clear ."])[1] == 1
 
 
+def test_a_text_that_the_tower_cannot_take_is_refused():
+    processor = make_processor(tokenizer_settings={"model_max_length": 6})
+    assert "more than 6 tokens: truncated" in processor.describe()
+    with pytest.raises(ValueError, match="a text has 8 tokens, and the text tower takes 6; pass truncation=True"):
+        processor(text=["nodule", "the lungs are clear . nodule"])
+    assert processor(text="the lungs are clear . nodule", truncation=True)["input_ids"].shape == (1, 6)
+    assert processor(text="the lungs are clear")["input_ids"].shape == (1, 6)
+
+
 def test_prompts():
     present, absent = make_processor().make_prompts(["pleural effusion", "nodule"])
     assert present == ["pleural effusion is present.", "nodule is present."]
