@@ -654,10 +654,13 @@ class T3DForPreTraining(T3DPreTrainedModel):
         tokens = self.project_tokens(local_hidden_state)
         alignment = self.multi_view_alignment
         if alignment is None or self.config.tma_query == "vision":
-            scores = torch.einsum(
-                "td,tvnd->tvn", unit_norm(queries), unit_norm(tokens).expand(len(queries), -1, -1, -1)
-            )
-            weights = (scores * self.t3d.logit_scale.exp()).softmax(dim=-1)
+            # By its forward pass, which is where an offloaded model has its temperature.
+            texts = [queries] if len(tokens) == 1 else queries.split(1)
+            logits = [
+                self.t3d(image_features=views, text_features=text, return_dict=True).logits_per_text
+                for views, text in zip(tokens.flatten(1, 2), texts, strict=True)
+            ]
+            weights = torch.cat(logits).unflatten(1, tokens.shape[1:3]).softmax(dim=-1)
         else:
             if self.config.tma_query == "none":
                 queries = alignment.learned_queries(queries.device).expand(len(queries), -1)

@@ -423,6 +423,34 @@ def test_text_attention_depends_on_the_text(overrides):
     assert not torch.allclose(other, attention, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [{"lambda_tma": 0.0}, {"tma_query": "vision"}, {"tma_query": "text"}, {"objective": "v1"}],
+    ids=["gca", "vision", "text", "v1"],
+)
+def test_text_attention_of_an_offloaded_model(tmp_path, overrides):
+    model, batch = T3DForPreTraining(tiny_config(**overrides)).eval(), tiny_batch()
+    model.save_pretrained(tmp_path / "model")
+    offloaded = T3DForPreTraining.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": 30_000}, offload_folder=tmp_path / "offloaded"
+    )
+    assert offloaded.t3d.logit_scale.is_meta
+    for num_volumes in (1, 3):
+        inputs = (batch["input_ids"], batch["attention_mask"], batch["local_pixel_values"][:num_volumes])
+        attention = [one.get_text_attention(*inputs) for one in (model, offloaded)]
+        torch.testing.assert_close(*attention)
+
+
+def test_text_attention_without_a_text_query_is_the_softmax_of_similarities():
+    model, batch = T3DForPreTraining(tiny_config(lambda_tma=0.0)).eval(), tiny_batch()
+    texts = (batch["input_ids"], batch["attention_mask"])
+    attention = model.get_text_attention(*texts, batch["local_pixel_values"])
+    tokens = model.project_tokens(model.t3d.encode_local_views(batch["local_pixel_values"])[0])
+    queries = model.t3d.get_text_features(*texts).pooler_output
+    similarities = torch.cosine_similarity(queries[:, None, None], tokens, dim=-1)
+    torch.testing.assert_close(attention.flatten(2), (similarities / 0.07).softmax(dim=-1), **CLOSE)
+
+
 def test_text_attention_is_what_the_loss_pools_by():
     model, batch = T3DForPreTraining(tiny_config()).eval(), tiny_batch()
     module = model.multi_view_alignment
