@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -39,12 +46,30 @@ from .pair_relations_t3d import SoftTargets, gather_identities
 from .pretrained_model_t3d import T3DPreTrainedModel
 
 
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """
+    The Auto class that makes a text encoder of a configuration: the plain one would give T5 its decoder.
+
+    Raises:
+        ValueError: the configuration is not that of a text encoder.
+    """
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return AutoModelForTextEncoding
+    if config.is_encoder_decoder or not (hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers")):
+        raise ValueError(
+            f"{type(config).__name__} describes more than a text encoder, which the text tower has to be; give the "
+            "text part of a model of several towers (text_model, text_config), or another encoder, such as BERT or T5"
+        )
+    return AutoModel
+
+
 def _build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The text tower, without a pooler where its class can be built without: it would stay untrained."""
-    known: Any = MODEL_MAPPING.get(type(config), None)
+    auto_class = _auto_class(config)
+    known: Any = auto_class._model_mapping.get(type(config), None)
     model_class = known[0] if isinstance(known, tuple) else known
     has_pooler = model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters
-    return AutoModel.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
+    return auto_class.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
 
 
 class T3DVisionModel(T3DPreTrainedModel):
@@ -168,10 +193,10 @@ class T3DModel(T3DPreTrainedModel):
         Start from two pretrained towers; everything else is new.
 
         Args:
-            vision (`str`, `PathLike` or `T3DVisionModel`): a folder or Hub id of any T3D model, or a vision tower.
+            vision (`str`, `PathLike` or `T3DPreTrainedModel`): a folder or Hub id of any T3D model, or the model.
             text (`str`, `PathLike` or `PreTrainedModel`):
-                Any text encoder; its pooler or head is dropped. One that reads from left to right (GPT-2, CLIP) needs
-                `text_pooling="mean"`.
+                Any text encoder; its pooler or head is dropped, and T5's decoder. One that reads from left to right
+                (GPT-2, CLIP) needs `text_pooling="mean"`.
             config: fields of [`T3DConfig`]; `num_frozen_text_layers` is checked against the tower and applied.
 
         Example:
@@ -527,8 +552,14 @@ def model_from_towers(
     config: dict[str, Any],
 ) -> Any:
     """A dual encoder, or a model around one, whose towers hold the given weights, in 32 bits however they came."""
-    vision_model = vision if isinstance(vision, PreTrainedModel) else T3DVisionModel.from_pretrained(vision)
-    text_model = (text if isinstance(text, PreTrainedModel) else AutoModel.from_pretrained(text)).base_model
+    vision_model = (
+        vision if isinstance(vision, PreTrainedModel) else T3DVisionModel.from_pretrained(vision)
+    ).base_model
+    vision_model = getattr(vision_model, "vision_model", vision_model)
+    if not isinstance(text, PreTrainedModel):
+        text = _auto_class(AutoConfig.from_pretrained(text)).from_pretrained(text)
+    text_model = text.base_model
+    _auto_class(text_model.config)
     towers: dict[str, Any] = {
         "vision_config": deepcopy(vision_model.config),
         "text_config": deepcopy(text_model.config),
@@ -541,8 +572,9 @@ def model_from_towers(
             tower.name_or_path = ""
     model = model_class(T3DConfig(**towers, **config))
     model.base_model.vision_model.load_state_dict(vision_model.state_dict())
-    weights = {name: weight for name, weight in text_model.state_dict().items() if not name.startswith("pooler.")}
-    model.base_model.text_model.load_state_dict(weights)
+    tower = model.base_model.text_model
+    names = tower.state_dict().keys()  # no pooler, head or decoder
+    tower.load_state_dict({name: weight for name, weight in text_model.state_dict().items() if name in names})
     _refuse_blind_first_token(model.base_model)
     model.freeze_after_loading()
     return model

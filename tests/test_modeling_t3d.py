@@ -10,20 +10,31 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     DistilBertConfig,
     GPT2Config,
     GPT2Model,
+    MT5Config,
+    MT5EncoderModel,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Model,
 )
 
 from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DModel, T3DVisionModel
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+TINY_T5 = {"vocab_size": 99, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
 
 
 def image_inputs(batch: dict) -> dict:
@@ -82,8 +93,9 @@ def test_several_windows_enter_as_channels(num_channels):
             type_vocab_size=1,
         ),
         DistilBertConfig(vocab_size=99, dim=16, n_layers=2, n_heads=2, hidden_dim=16),
+        T5Config(**TINY_T5),
     ],
-    ids=["bert", "roberta", "distilbert"],
+    ids=["bert", "roberta", "distilbert", "t5"],
 )
 @pytest.mark.parametrize("text_pooling", ["first", "mean"])
 def test_any_text_encoder_and_its_padding(text_config, text_pooling):
@@ -224,6 +236,57 @@ def test_starts_from_the_vision_tower_of_any_folder(tmp_path):
         tmp_path, text, projection_dim=16, num_tma_heads=2, num_fusion_heads=2
     )
     torch.testing.assert_close(other.vision_model.state_dict(), model.t3d.vision_model.state_dict(), rtol=0, atol=0)
+
+
+def test_starts_from_the_vision_tower_of_any_model():
+    config = tiny_config()
+    text = BertModel(config.text_config)
+    for model in (T3DModel(config), T3DForPreTraining(config), T3DForImageClassification(config.vision_config)):
+        tower = getattr(model.base_model, "vision_model", model.base_model)
+        other = T3DModel.from_vision_text_pretrained(model, text, num_fusion_heads=2)
+        torch.testing.assert_close(other.vision_model.state_dict(), tower.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text_class", [T5Model, T5EncoderModel, T5ForConditionalGeneration, MT5EncoderModel])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_the_encoder_of_an_encoder_decoder_is_a_text_tower(tmp_path, text_class, as_folder):
+    text = text_class((MT5Config if text_class is MT5EncoderModel else T5Config)(**TINY_T5))
+    text.save_pretrained(tmp_path / "text")
+    model = T3DModel.from_vision_text_pretrained(
+        T3DVisionModel(tiny_config().vision_config),
+        tmp_path / "text" if as_folder else text,
+        num_frozen_text_layers=1,
+        num_fusion_heads=2,
+    ).eval()
+    assert type(model.text_model).__name__.endswith("T5EncoderModel")
+    for name, weight in model.text_model.state_dict().items():
+        assert torch.equal(text.state_dict()[name], weight)
+    trained = {name for name, parameter in model.text_model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".layer.")[0] for name in trained} == {"encoder.block.1", ""}
+    assert {name for name in trained if ".layer." not in name} == {"encoder.final_layer_norm.weight"}
+    model.save_pretrained(tmp_path / "model")
+    loaded, report = T3DModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert {name for name, parameter in loaded.text_model.named_parameters() if parameter.requires_grad} == trained
+    texts = tiny_batch()["input_ids"]
+    assert torch.equal(loaded.get_text_features(texts).pooler_output, model.get_text_features(texts).pooler_output)
+
+
+def test_what_is_no_text_encoder_is_refused():
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = CLIPModel(CLIPConfig(text_config=small, vision_config={**small, "image_size": 32, "patch_size": 16}))
+    bart = BartModel(BartConfig(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1))
+    vision = T3DVisionModel(tiny_config().vision_config)
+    for text in (clip, bart):
+        name = type(text.config).__name__
+        with pytest.raises(ValueError, match=rf"^{name} describes more than a text encoder.* give the text part"):
+            T3DModel.from_vision_text_pretrained(vision, text, num_fusion_heads=2)
+    config = tiny_config()
+    config.text_config = bart.config
+    with pytest.raises(ValueError, match=r"^BartConfig describes more than a text encoder"):
+        T3DModel(config)
+    T3DModel.from_vision_text_pretrained(vision, clip.text_model, text_pooling="mean", num_fusion_heads=2)
 
 
 @pytest.mark.parametrize("as_folders", [False, True])
