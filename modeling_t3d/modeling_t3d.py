@@ -398,7 +398,8 @@ class T3DModel(T3DPreTrainedModel):
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`] whose `pooler_output` is the projected,
-            un-normalised embedding of the first token, or of the tokens' mean, as `config.text_pooling` says.
+            un-normalised embedding of the first token that is no padding, or of the tokens' mean, as
+            `config.text_pooling` says.
         """
         output, pooled = self.encode_text(input_ids, attention_mask, token_type_ids, **kwargs)
         return BaseModelOutputWithPooling(
@@ -424,8 +425,13 @@ class T3DModel(T3DPreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **kwargs
         )
         tokens = output.last_hidden_state
-        averages = self.config.text_pooling == "mean"
-        return output, masked_mean(tokens, attention_mask) if averages else tokens[:, 0]
+        if self.config.text_pooling == "mean":
+            return output, masked_mean(tokens, attention_mask)
+        if attention_mask is None:
+            return output, tokens[:, 0]
+        # A tokeniser may pad on the left.
+        first = (attention_mask != 0).int().argmax(dim=1).to(tokens.device)
+        return output, tokens.gather(1, first[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
 
     def global_alignment_loss(
         self,

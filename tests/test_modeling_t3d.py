@@ -115,6 +115,22 @@ def test_any_text_encoder_and_its_padding(text_config, text_pooling):
     torch.testing.assert_close(padded, features, **CLOSE)
 
 
+@pytest.mark.parametrize("text_pooling", ["first", "mean"])
+def test_padding_on_the_left_is_no_part_of_the_text(text_pooling):
+    # T5 knows no absolute positions, which padding on the left would move.
+    config = tiny_config(text_pooling=text_pooling)
+    config.text_config = T5Config(**TINY_T5)
+    model, texts = T3DModel(config).eval(), torch.tensor([[5, 6, 7], [8, 9, 4]])
+    padded = nn.functional.pad(texts, (2, 0))
+    features = [
+        model.get_text_features(ids, mask).pooler_output
+        for ids, mask in ((texts, torch.ones_like(texts)), (padded, (padded > 0).long()), (padded, padded > 0))
+    ]
+    torch.testing.assert_close(features[1], features[0], **CLOSE)
+    assert torch.equal(features[2], features[1])
+    assert torch.equal(features[0], model.get_text_features(texts).pooler_output)
+
+
 # --- views and their fusion ------------------------------------------------------------------------------------------
 
 
