@@ -226,17 +226,32 @@ class T3DModel(T3DPreTrainedModel):
         if not self.config.num_frozen_text_layers:
             return
         depth = self.config.text_config.num_hidden_layers
-        lists = (module for module in self.text_model.modules() if isinstance(module, nn.ModuleList))
-        layers = next((module for module in lists if len(module) == depth), None)
-        if layers is None:
+        names = (
+            name
+            for name, module in self.text_model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth
+        )
+        name = next(names, None)
+        if name is None:
             raise ValueError(
                 f"no list of {depth} layers found in {type(self.text_model).__name__}; set num_frozen_text_layers=0 "
                 "and freeze its parameters yourself"
             )
-        frozen = [*layers[: self.config.num_frozen_text_layers], self.get_input_embeddings()]
+        stack = self.text_model.get_submodule(name.rpartition(".")[0])
+        frozen = [self.get_input_embeddings()]
         frozen += [module for name, module in self.text_model.named_children() if name.startswith("embed")]
+        is_before = True
+        for module in stack.children():
+            # XLM holds the parts of its layers in one list each.
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                frozen += module[: self.config.num_frozen_text_layers]
+                is_before = False
+            elif is_before:
+                frozen.append(module)
         for module in frozen:
             module.requires_grad_(False)
+        for parameter in stack.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

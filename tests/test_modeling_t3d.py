@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from model_inputs import tiny_batch, tiny_config, tiny_vit_config
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForImageClassification,
     BartConfig,
@@ -28,12 +29,20 @@ from transformers import (
     T5EncoderModel,
     T5ForConditionalGeneration,
     T5Model,
+    XLMConfig,
 )
 
 from modeling_t3d.modeling_pretraining_t3d import T3DForPreTraining
 from modeling_t3d.modeling_t3d import T3DForImageClassification, T3DModel, T3DVisionModel
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+TINY_LAYERS = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 TINY_T5 = {"vocab_size": 99, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
 
 
@@ -352,6 +361,31 @@ def test_text_layers_are_frozen_after_loading(tmp_path, model_class):
     loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert trainable_text_layers(loaded.base_model) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("text_config", "below"),
+    [
+        (GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2), {"wte", "wpe"}),
+        (XLMConfig(vocab_size=50, emb_dim=16, n_layers=3, n_heads=2), {"position_embeddings", "layer_norm_emb"}),
+        (
+            AlbertConfig(**TINY_LAYERS, embedding_size=8, num_hidden_groups=3),
+            {"embeddings", "encoder.embedding_hidden_mapping_in"},
+        ),
+    ],
+    ids=["gpt2", "xlm", "albert"],
+)
+def test_all_that_frozen_text_layers_rest_on_is_frozen(text_config, below):
+    config = tiny_config(text_pooling="mean")
+    config.text_config, config.num_frozen_text_layers = text_config, 2
+    model = T3DModel(config)
+    model.freeze_text_layers()
+    for name, parameter in model.text_model.named_parameters():
+        layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        if layer is not None:
+            assert parameter.requires_grad == (layer == 2), name
+    for name in below:
+        assert not any(parameter.requires_grad for parameter in model.text_model.get_submodule(name).parameters())
 
 
 def test_more_frozen_layers_than_the_tower_has_are_refused():
