@@ -648,7 +648,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
             if local_pixel_values is None:
                 raise ValueError("get_text_attention needs views: pass local_pixel_values or local_hidden_state")
             local_hidden_state, local_mask = self.t3d.encode_local_views(local_pixel_values, local_mask)
-        queries = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids).pooler_output
+        queries = self.t3d.get_text_features(input_ids, attention_mask, token_type_ids, return_dict=True).pooler_output
         if len(local_hidden_state) not in (1, len(queries)):
             raise ValueError(f"{len(queries)} texts for {len(local_hidden_state)} volumes: give one text per volume")
         tokens = self.project_tokens(local_hidden_state)

@@ -263,7 +263,12 @@ class T3DModel(T3DPreTrainedModel):
         """
         Encode this many local views at once, and again in the backward pass: memory then holds the activations of one
         chunk of views. `None` encodes all at once. The gradients are the same.
+
+        Raises:
+            ValueError: the size is less than 1.
         """
+        if size is not None and size < 1:
+            raise ValueError(f"chunks hold at least 1 view, got {size}; None encodes all views at once")
         self._view_chunk_size = size
 
     def _encode_views(self, views: torch.Tensor) -> torch.Tensor:

@@ -421,6 +421,8 @@ def test_text_attention_depends_on_the_text(overrides):
     torch.testing.assert_close(attention.sum(dim=(2, 3, 4)), batch["local_mask"].float())
     other = model.get_text_attention(batch["input_ids"].flip(0), batch["attention_mask"].flip(0), *views)
     assert not torch.allclose(other, attention, rtol=1e-5)
+    model.config.return_dict = False
+    assert torch.equal(model.get_text_attention(batch["input_ids"], batch["attention_mask"], *views), attention)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,13 @@ def test_gradients_are_those_of_all_views_at_once(size, recomputes_blocks):
         assert (found[name] - gradient).abs().max() <= 1e-12 * largest, name
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_chunk_holds_at_least_one_view(size):
+    for model in (T3DModel(tiny_config()), T3DForPreTraining(tiny_config())):
+        with pytest.raises(ValueError, match=f"at least 1 view, got {size}"):
+            model.set_view_chunk_size(size)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_random_numbers_are_the_same_when_a_chunk_is_recomputed(masked):
     model = T3DModel(tiny_config()).double().train()
