@@ -254,6 +254,26 @@ class T3DModel(T3DPreTrainedModel):
             parameter.requires_grad_(False)
 
     @torch.no_grad()
+    def refuse_blind_first_token(self) -> None:
+        """
+        Check that the first token's state, where it stands for the text, depends on the tokens after it.
+
+        Raises:
+            ValueError: it does not; all texts that begin alike would have one embedding.
+        """
+        if self.config.text_pooling != "first":
+            return
+        texts = torch.tensor([[0, 1], [0, 2]], device=self.device)
+        was_training = self.training
+        _, pooled = self.eval().encode_text(texts, torch.ones_like(texts))
+        self.train(was_training)
+        if torch.equal(pooled[0], pooled[1]):
+            raise ValueError(
+                f"{type(self.text_model).__name__} reads from left to right: the state of its first token is the same "
+                'for every text that begins with it; pass text_pooling="mean"'
+            )
+
+    @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Hold a learnt scale at `config.max_logit_scale` or below; call it after each optimiser step."""
         if self._learns_scale:
@@ -601,25 +621,9 @@ def model_from_towers(
     tower = model.base_model.text_model
     names = tower.state_dict().keys()  # no pooler, head or decoder
     tower.load_state_dict({name: weight for name, weight in text_model.state_dict().items() if name in names})
-    _refuse_blind_first_token(model.base_model)
+    model.base_model.refuse_blind_first_token()
     model.freeze_after_loading()
     return model
-
-
-@torch.no_grad()
-def _refuse_blind_first_token(model: T3DModel) -> None:
-    """Raise where the first token's state, which is to stand for the text, does not depend on the tokens after it."""
-    if model.config.text_pooling != "first":
-        return
-    texts = torch.tensor([[0, 1], [0, 2]], device=model.device)
-    was_training = model.training
-    _, pooled = model.eval().encode_text(texts, torch.ones_like(texts))
-    model.train(was_training)
-    if torch.equal(pooled[0], pooled[1]):
-        raise ValueError(
-            f"{type(model.text_model).__name__} reads from left to right: the state of its first token is the same "
-            'for every text that begins with it; pass text_pooling="mean"'
-        )
 
 
 class T3DForImageClassification(T3DPreTrainedModel):

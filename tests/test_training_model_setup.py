@@ -38,6 +38,15 @@ def tower(model):
     return {name for name in frozen(model) if ".encoder." in name}
 
 
+def test_reports_that_would_all_have_one_embedding_are_refused():
+    gpt2 = {"model_type": "gpt2", "vocab_size": 200, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    with pytest.raises(ConfigurationError, match=r"left to right.*\(model\.overrides\.text_pooling=mean\)"):
+        set_up_model(build(text_config=gpt2), arguments())
+    model = build(text_config=gpt2, text_pooling="mean")
+    set_up_model(model, arguments())
+    assert model.training == build().training, "a check leaves the model as it was"
+
+
 def test_frozen_vision_layers():
     model = build()
     set_up_model(model, arguments(frozen_vision_layers=2))

@@ -17,7 +17,11 @@ def set_up_model(model: PreTrainedModel, args: T3DTrainingArguments) -> None:
     Args:
         model (`PreTrainedModel`): not wrapped.
         args ([`T3DTrainingArguments`]): frozen layers, memory format, checkpointing, compilation.
+
+    Raises:
+        ConfigurationError: no layer has a name that the settings give, or every text would have one embedding.
     """
+    _refuse_blind_text_tower(model)
     freeze(model, args.frozen_vision_layers, args.frozen_parameters)
     if args.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last_3d)
@@ -27,6 +31,15 @@ def set_up_model(model: PreTrainedModel, args: T3DTrainingArguments) -> None:
     if args.compile_encoder:
         # In place; views of another size make another graph, not one for all sizes, which is slower.
         vision_encoder(model).compile(dynamic=False)
+
+
+def _refuse_blind_text_tower(model: PreTrainedModel) -> None:
+    """Raise for a dual encoder whose reports all have one embedding: its loss would stay at chance without a word."""
+    if hasattr(model.base_model, "refuse_blind_first_token"):
+        try:
+            model.base_model.refuse_blind_first_token()
+        except ValueError as error:
+            raise ConfigurationError(f"{error} (model.overrides.text_pooling=mean)") from None
 
 
 def vision_encoder(model: nn.Module) -> nn.Module:
