@@ -11,10 +11,12 @@ The volume may be NIfTI, NRRD, MetaImage or a folder with one DICOM series. Not 
 
 import argparse
 import sys
+from pathlib import Path
 
-from transformers import pipeline
+import torch
+from transformers import AutoConfig, pipeline
 
-import modeling_t3d  # noqa: F401 - registers the task
+from modeling_t3d import T3DConfig
 from modeling_t3d.geometry_t3d import VolumeError
 
 
@@ -38,14 +40,30 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def refuse_other_models(model: str) -> None:
+    """Exit with one line for what is no checkpoint of a dual encoder, which alone can compare scans with texts."""
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        hint = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
+        sys.exit(f"{model}: holds no checkpoint, as there is no config.json in it{hint}")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError:  # as Transformers raises it for a folder that is none and a Hub that has no such model
+        sys.exit(f"{model}: neither a folder with a checkpoint nor a model that the Hub gives here")
+    if not isinstance(config, T3DConfig):
+        sys.exit(
+            f"{model}: a model of type {config.model_type!r} knows no texts; give a T3DModel or T3DForPreTraining"
+        )
+
+
 def main() -> int:
     """Load, score, print one table per scan; a scan that cannot be read is named, and the others go on."""
     arguments = parse_arguments()
     views = int(arguments.views) if arguments.views and arguments.views.isdecimal() else arguments.views
-    try:
-        classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
-    except OSError:  # as Transformers raises it for a folder that is none and a Hub that has no such model
-        sys.exit(f"{arguments.model}: neither a folder with a checkpoint nor a model that the Hub gives here")
+    if arguments.device and arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"--device {arguments.device}: this torch finds no CUDA device; leave --device out or give cpu")
+    refuse_other_models(arguments.model)
+    classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
     width = max(map(len, arguments.labels))
     status = 0
     for path in arguments.volume:
@@ -61,6 +79,8 @@ def main() -> int:
             print(error, file=sys.stderr)
             status = 1
             continue
+        except ValueError as error:  # of the settings, which are the same for every scan
+            sys.exit(str(error))
         print(f"\n{path}")
         print(f"  {'label':<{width}}  score")
         for entry in scores:

@@ -6,7 +6,7 @@
 # mypy: disable-error-code="override,assignment"
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
-from .image_settings_t3d import has_axes, per_image, refuse_unknown
+from .image_settings_t3d import check_views, has_axes, per_image, refuse_unknown
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +31,8 @@ def _parse_labels(candidate_labels: str | Sequence[str] | None) -> list[str]:
     remedy = "pass the names to score, such as candidate_labels=['pleural effusion', 'lung nodule']"
     if candidate_labels is None:
         raise ValueError(f"candidate_labels is missing: {remedy}")
+    if not isinstance(candidate_labels, Iterable):
+        raise ValueError(f"candidate_labels is {candidate_labels!r}, which is no list: {remedy}")
     names = candidate_labels.split(",") if isinstance(candidate_labels, str) else list(candidate_labels)
     if not names or names == [""]:
         raise ValueError(f"candidate_labels is empty: {remedy}")
@@ -253,6 +255,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
             boxes = processor.plan_views(prepared, views, np.random.default_rng((seed, 0)), positions)
             model_inputs["local_views"] = _PlannedViews(prepared, boxes)
         elif views is not None:
+            check_views(views)
             logger.warning_once(f"views={views!r} is not used: view_fusion='global' embeds the global view alone")
         return model_inputs
 

@@ -268,13 +268,13 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
     """All series with places in space, in order of their first file, and notes on what was left out."""
     grouped: dict[tuple, _Series] = {}
     not_volumes: dict[Any, VolumeReadError] = {}
-    localisers, others = 0, 0
+    localisers, others, foreign = 0, 0, 0
     for index, file in enumerate(folder.files):
         dataset = folder.read(index, stop_before_pixels=True, specific_tags=HEADER_KEYWORDS)
         if dataset is None:
-            if len(folder.files) == 1:
+            if folder.files == [folder.source]:
                 raise folder.error("is not a DICOM file (no DICM marker after the preamble)")
-            others += 1
+            foreign += 1
             continue
         try:
             modality = str(dataset.get("Modality"))
@@ -297,6 +297,7 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             named = modality if modality in NAMED_MODALITIES else "other"
             series = grouped.setdefault((key, alone), _Series(named, []))
             series.slices.extend(slices)
+    others += foreign
     placed = {key: one for key, one in grouped.items() if any(entry.position is not None for entry in one.slices)}
     others += sum(len(one.slices) for key, one in grouped.items() if key not in placed)
     placed_keys = {key for key, _ in placed}
@@ -309,6 +310,10 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
         kinds = "localisers only" if localisers else "no image with a position in space"
         if archives:
             raise folder.error(f"holds {kinds}, but {' and '.join(sorted(archives))}; unpack it first")
+        if foreign == len(folder.files):
+            raise folder.error(
+                "holds no DICOM files; pass a folder with a series, or the file itself of another format"
+            )
         raise folder.error(f"holds {kinds}; pass a folder or file with an image series")
     notes = [f"{localisers} localiser image(s) left out"] if localisers else []
     return list(placed.values()), notes + ([f"{others} file(s) that are no DICOM scan left out"] if others else [])

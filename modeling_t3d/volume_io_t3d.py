@@ -155,21 +155,28 @@ def volume_files(path: str | os.PathLike) -> list[Path]:
 def list_series(path: str | os.PathLike) -> tuple[str, ...]:
     """The series of a DICOM folder or file, such as `"CT axial 512x512x300"`, in the order that `series=` counts."""
     source = os.fspath(path)
-    is_folder = _check_readable(source)
-    suffix = os.path.splitext(source)[1].lower()
-    return describe_series(source, _dicom_files(source, suffix, is_folder))
+    files = _series_files(source)
+    if files is None:
+        raise VolumeReadError(f"{source}: has no series, as only DICOM has; read_volume takes the file as it is")
+    return describe_series(source, files)
 
 
 def read_acquisition(path: str | os.PathLike) -> dict[str, Any]:
     """What a DICOM file or folder says of its acquisition and cannot identify anyone: `modality`, `body_part`,
     `contrast`, `slice_thickness` (mm), `tube_voltage` (kV), as far as they are known; other formats say nothing."""
     source = os.fspath(path)
+    files = _series_files(source)
+    return {} if files is None else describe_acquisition(source, files)
+
+
+def _series_files(source: str) -> list[str] | None:
+    """The DICOM files of a path; `None` for a file of a format without series."""
     is_folder = _check_readable(source)
     name = os.path.basename(source).lower()
     suffix = ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
     if not is_folder and suffix in (*NIFTI_SUFFIXES, *ITK_SUFFIXES):
-        return {}
-    return describe_acquisition(source, _dicom_files(source, suffix, is_folder))
+        return None
+    return _dicom_files(source, suffix, is_folder)
 
 
 def _refuse_shear(affine: np.ndarray, resample: bool) -> None:

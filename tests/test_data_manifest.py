@@ -190,7 +190,14 @@ def test_unread_columns_are_named(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("PatientID", "patient_id"), ("patient", "patient_id"), ("study_uid", "study_id"), ("reports", "report")],
+    [
+        ("PatientID", "patient_id"),
+        ("patient", "patient_id"),
+        ("study_uid", "study_id"),
+        ("reports", "report"),
+        ("Label:effusion", "label:effusion"),
+        ("labels: effusion", "label:effusion"),
+    ],
 )
 def test_misspelt_columns_are_refused(tmp_path, name, meant):
     with pytest.raises(ManifestError, match=rf"unknown column '{name}'; rename it to '{meant}'"):

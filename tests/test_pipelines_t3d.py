@@ -3,6 +3,7 @@
 """The zero-shot pipeline: every kind of input, the scores' definition, bounded memory, errors that name the item."""
 
 import logging
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from model_inputs import tiny_config
 from testing_utils import shared_data
 from tiny_checkpoint import storage_order, tiny_processor, tiny_scan, tiny_volume
 from transformers import pipeline
@@ -18,6 +20,7 @@ from transformers.utils.logging import warning_once
 
 from modeling_t3d import (
     T3DConfig,
+    T3DForImageClassification,
     T3DForPreTraining,
     T3DModel,
     VolumeError,
@@ -153,6 +156,8 @@ def test_no_labels_is_an_error(classifier, scan, empty):
 def test_a_label_that_is_no_name_is_an_error(classifier, scan, labels):
     with pytest.raises(ValueError, match="which is no name"):
         classifier(scan, candidate_labels=labels)
+    with pytest.raises(ValueError, match="is 3, which is no list"):
+        classifier(scan, candidate_labels=3)
 
 
 def test_a_string_of_labels_is_split_on_commas(classifier, scan):
@@ -285,6 +290,8 @@ def test_views_that_the_fusion_ignores_are_said(classifier, scan, caplog):
     with caplog.at_level(logging.WARNING, logger="modeling_t3d"):
         assert classifier(scan, LABELS, views="grid") == classifier(scan, LABELS)
     assert "is not used: view_fusion='global'" in caplog.text
+    with pytest.raises(ValueError, match="got 'gird'"):
+        classifier(scan, LABELS, views="gird")
 
 
 def test_dtype_follows_the_pipeline(tmp_path, scan):
@@ -373,3 +380,26 @@ def test_example_prints_a_table(tmp_path, scan, monkeypatch, capsys):
         scores = [float(line.split()[-1]) for line in table.splitlines() if line.strip().startswith(tuple(LABELS))]
         assert len(scores) == 2
         assert (sum(scores) == pytest.approx(1, abs=2e-3)) == (scoring == ["--softmax"])
+
+
+def test_example_ends_with_one_line_for_what_cannot_be_right(tmp_path, scan, monkeypatch):
+    model, run, other = tmp_path / "run" / "model", tmp_path / "run", tmp_path / "classifier"
+    make_model().save_pretrained(model)
+    tiny_processor().save_pretrained(model)
+    T3DForImageClassification(tiny_config().vision_config).save_pretrained(other)
+    for options, message in (
+        (["--model", run], f"no config.json in it; did you mean {model}?"),
+        (["--model", tmp_path], "no config.json in it"),
+        (["--model", other], "knows no texts"),
+        (["--model", tmp_path / "none"], "neither a folder with a checkpoint"),
+        (["--model", model, "--labels", ""], "candidate_labels is empty"),
+        (["--model", model, "--view-batch-size", "0"], "view_batch_size"),
+        (["--model", model, "--device", "cuda:0"], "finds no CUDA device"),
+    ):
+        if "--device" in options and torch.cuda.is_available():
+            continue
+        given = ["--volume", scan, *options, *([] if "--labels" in options else ["--labels", "nodule"])]
+        script = str(ROOT / "examples" / "zero_shot_classification.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, given)])
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            runpy.run_path(script, run_name="__main__")

@@ -139,6 +139,9 @@ def test_localisers_and_other_objects_are_left_out(tmp_path, stored):
     assert "3 file(s)" in volume.warnings[1]
     assert "localisers only" in refused(tmp_path / "scout")
     assert "no image with a position" in refused(tmp_path / "plan")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "scan.nii.gz").write_bytes(bytes(400))
+    assert "holds no DICOM files; pass a folder with a series, or the file itself" in refused(tmp_path / "other")
 
 
 NOT_VOLUMES = [

@@ -19,6 +19,7 @@ from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
 from modeling_t3d.volume_arithmetic_t3d import remove_shear, rescale
 from modeling_t3d.volume_io_t3d import (
     VolumeReadError,
+    list_series,
     read_label_map,
     read_volume,
     to_volume,
@@ -129,6 +130,13 @@ def test_nifti_lengths_in_other_units(tmp_path, scan):
     volume = read_volume(tmp_path / "meter.nii")
     assert volume.spacing == (1.0, 1.0, 2.0)
     assert "mm" in volume.warnings[0]
+
+
+def test_only_dicom_has_series(tmp_path, scan):
+    for name in ("scan.nii.gz", "scan.mha"):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(scan), str(tmp_path / name))
+        with pytest.raises(VolumeReadError, match="has no series, as only DICOM has"):
+            list_series(tmp_path / name)
 
 
 def test_four_dimensions(tmp_path, scan):

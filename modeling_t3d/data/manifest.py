@@ -21,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -186,7 +187,8 @@ def _check_columns(path: Path, columns: list[str]) -> list[str]:
         raise ManifestError(f"{path}: column {repeated[0]!r} stands twice; rename or remove one")
     unread = [name for name in columns if name not in COLUMNS and not name.startswith(LABEL_PREFIX)]
     for name in unread:
-        meant = _meant_column(name.lower())
+        label = re.fullmatch(r"\s*labels?\s*:\s*(.+)", name, re.IGNORECASE)
+        meant = LABEL_PREFIX + label[1] if label else _meant_column(name.lower())
         if meant and meant not in columns:
             raise ManifestError(f"{path}: unknown column {name!r}; rename it to {meant!r}")
     if columns and "volume" not in columns:
