@@ -129,9 +129,15 @@ class T3DPreTrainedModel(PreTrainedModel):
         nests_vision_model = cls.base_model_prefix == "vision_model"
         if nests_vision_model:
             if isinstance(kwargs.get("config"), T3DConfig):  # what an Auto class reads in a dual encoder's folder
-                kwargs["config"] = kwargs["config"].to_vision_config()
-                for name in kwargs.keys() & ({field.name for field in fields(kwargs["config"])} - {"dtype"}):
-                    setattr(kwargs["config"], name, kwargs.pop(name))
+                config = kwargs["config"].to_vision_config()
+                changes = {
+                    name: kwargs.pop(name)
+                    for name in kwargs.keys() & ({field.name for field in fields(config)} - {"dtype"})
+                }
+                if changes:
+                    attention = config._attn_implementation
+                    config = type(config).from_dict(config.to_dict(), attn_implementation=attention, **changes)
+                kwargs["config"] = config
             kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), _PRETRAINING_PREFIX: ""}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -436,6 +436,21 @@ def test_an_auto_class_makes_a_classifier_of_a_dual_encoder(tmp_path):
     assert made.classifier.out_features == 3
 
 
+def test_vision_fields_among_an_auto_classs_keywords_count_as_everywhere(tmp_path):
+    T3DModel(tiny_config()).save_pretrained(tmp_path / "dual")
+    for changes in ({"stem_stride": 1}, {"depths": [2, 1]}, {"hidden_sizes": [8, 32]}):
+        loaded, direct = (
+            auto.from_pretrained(tmp_path / "dual", ignore_mismatched_sizes=True, **changes)
+            for auto in (AutoModelForImageClassification, T3DForImageClassification)
+        )
+        assert loaded.config.to_dict() == direct.config.to_dict()
+        assert loaded(tiny_batch()["pixel_values"]).logits.shape == (3, 2)
+        loaded.save_pretrained(tmp_path / "classifier")
+        T3DForImageClassification.from_pretrained(tmp_path / "classifier")
+    with pytest.raises(StrictDataclassError, match="must name the same stages"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "dual", depths=[1, 1, 1])
+
+
 def test_temperature_and_bias_stay_in_32_bits_where_a_model_is_made_in_16():
     model = AutoModel.from_config(tiny_config(contrastive_loss="sigmoid"), dtype=torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
