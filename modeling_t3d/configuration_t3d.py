@@ -18,6 +18,7 @@ _BOTTLENECK_EXPANSION = 4
 # Fields of the vision tower that others decide where they are not given.
 _DERIVED_FIELDS = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size", "feature_layers"})
 _SHAPING_FIELDS = frozenset({"encoder_type", "hidden_sizes", "depths", "hidden_size", "num_hidden_layers"})
+_LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 @strict
@@ -125,6 +126,15 @@ class T3DVisionConfig(PreTrainedConfig):
             quarters = {max(1, round(self.num_hidden_layers * part / 4)) for part in (1, 2, 3, 4)}
             self.feature_layers = sorted(quarters)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; labels that a dual encoder's folder has for the whole model are the tower's."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if cls.base_config_key in config_dict:
+            labels = {name: config_dict[name] for name in _LABEL_FIELDS if config_dict.get(name) is not None}
+            config_dict[cls.base_config_key] = {**config_dict[cls.base_config_key], **labels}
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T3DVisionConfig":
@@ -317,7 +327,12 @@ class T3DConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict) and "model_type" not in self.text_config:
             # Transformers fills the layout in where no text tower is given, but not where single fields of it are.
             self.text_config = {**ROBERTA_LAYOUT, **self.text_config}
+        has_labels = self.id2label is not None or kwargs.get("num_labels") is not None
         super().__post_init__(**kwargs)
+        if not has_labels:
+            # Transformers' two labels would hide those of the vision tower.
+            for name in ("id2label", "label2id"):
+                setattr(self, name, None)
 
     def validate_architecture(self):
         """Checks that span several fields."""
@@ -352,7 +367,9 @@ class T3DConfig(PreTrainedConfig):
     def to_vision_config(self) -> T3DVisionConfig:
         """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""
         config: Any = deepcopy(self.vision_config)
-        config.id2label, config.label2id, config.problem_type = self.id2label, self.label2id, self.problem_type
+        for name in _LABEL_FIELDS:
+            if getattr(self, name) is not None:
+                setattr(config, name, getattr(self, name))
         return config
 
     @classmethod

@@ -112,6 +112,19 @@ def test_a_tower_loads_its_section_of_the_joint_folder(tmp_path):
     assert config.get_text_config() is config.text_config
 
 
+def test_labels_of_the_whole_model_are_those_of_its_vision_tower_where_they_are_set(tmp_path):
+    for settings, num_labels in (
+        ({"vision_config": {"num_labels": 5}}, 5),
+        ({"vision_config": {"num_labels": 5}, "num_labels": 3}, 3),
+        ({"num_labels": 3}, 3),
+        ({}, 2),
+    ):
+        config = T3DConfig.from_preset("tiny", **settings)
+        config.save_pretrained(tmp_path)
+        assert config.to_vision_config().num_labels == num_labels
+        assert T3DVisionConfig.from_pretrained(tmp_path).to_dict() == config.to_vision_config().to_dict()
+
+
 def test_sub_configurations_from_nothing_dicts_and_instances():
     assert isinstance(T3DConfig().text_config, RobertaConfig)
     assert T3DConfig().vision_config.to_dict() == T3DVisionConfig().to_dict()

@@ -451,6 +451,24 @@ def test_vision_fields_among_an_auto_classs_keywords_count_as_everywhere(tmp_pat
         AutoModelForImageClassification.from_pretrained(tmp_path / "dual", depths=[1, 1, 1])
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (2, None)),
+        ({"vision_config": {"num_labels": 5, "problem_type": "regression"}}, (5, "regression")),
+        ({"num_labels": 5, "problem_type": "regression"}, (5, "regression")),
+        ({"num_labels": 3, "vision_config": {"num_labels": 5}}, (3, None)),
+    ],
+)
+def test_a_dual_encoders_labels_are_the_same_for_every_class_that_loads_them(tmp_path, settings, expected):
+    T3DModel(tiny_config(**settings)).save_pretrained(tmp_path)
+    for auto in (AutoModelForImageClassification, T3DForImageClassification):
+        config = auto.from_pretrained(tmp_path).config
+        assert (config.num_labels, config.problem_type) == expected
+        for num_labels in (2, 4):
+            assert auto.from_pretrained(tmp_path, num_labels=num_labels).config.num_labels == num_labels
+
+
 def test_temperature_and_bias_stay_in_32_bits_where_a_model_is_made_in_16():
     model = AutoModel.from_config(tiny_config(contrastive_loss="sigmoid"), dtype=torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
