@@ -15,9 +15,10 @@ from .configuration_checks_t3d import check_terms, checked_keywords, refuse_unkn
 from .presets_t3d import OBJECTIVES, PRESETS, ROBERTA_LAYOUT
 
 _BOTTLENECK_EXPANSION = 4
-# Fields of the vision tower that others decide where they are not given.
-_DERIVED_FIELDS = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size", "feature_layers"})
-_SHAPING_FIELDS = frozenset({"encoder_type", "hidden_sizes", "depths", "hidden_size", "num_hidden_layers"})
+# Fields of the vision tower that others decide where they are not given; the sizes, for a ResNet alone.
+_SIZE_FIELDS = frozenset({"hidden_size", "num_hidden_layers"})
+_DERIVED_FIELDS = frozenset({"intermediate_size", "feature_layers"})
+_SHAPING_FIELDS = _SIZE_FIELDS | {"encoder_type", "hidden_sizes", "depths"}
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 
@@ -142,7 +143,7 @@ class T3DVisionConfig(PreTrainedConfig):
         names = {field.name for field in fields(cls)}
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in names and name != "dtype"}
         if changes.keys() & _SHAPING_FIELDS:
-            config_dict = {name: value for name, value in config_dict.items() if name not in _DERIVED_FIELDS}
+            config_dict = _without_derived(cls, config_dict, changes.get("encoder_type"))
         return super().from_dict({**config_dict, **changes}, **checked_keywords(cls, kwargs))
 
     def validate_architecture(self):
@@ -408,6 +409,20 @@ class T3DConfig(PreTrainedConfig):
                 )
                 settings[key] = {**settings[key], **change} if same_model else change
         return cls(**{**settings, **overrides})
+
+
+def _without_derived(
+    config_class: type[T3DVisionConfig], config_dict: dict[str, Any], encoder_type: str | None
+) -> dict[str, Any]:
+    """What was given rather than derived, as far as an encoder of the new type has a use for it."""
+    kept = {name: value for name, value in config_dict.items() if name not in _DERIVED_FIELDS}
+    before = config_class(**kept)
+    for name in _DERIVED_FIELDS & config_dict.keys():
+        if config_dict[name] != getattr(before, name):
+            kept[name] = config_dict[name]
+    if before.encoder_type == "resnet" or encoder_type not in (None, before.encoder_type):
+        kept = {name: value for name, value in kept.items() if name not in _SIZE_FIELDS}
+    return kept
 
 
 def _named(table: dict[str, dict[str, Any]], kind: str, name: str) -> dict[str, Any]:

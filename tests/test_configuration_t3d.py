@@ -349,6 +349,21 @@ def test_from_pretrained_derives_anew_what_a_change_decides(tmp_path):
     assert (vit.hidden_size, vit.num_hidden_layers, list(vit.feature_layers)) == (768, 12, [3, 6, 9, 12])
 
 
+def test_from_pretrained_keeps_what_was_given_to_a_vision_transformer(tmp_path):
+    T3DVisionConfig(
+        encoder_type="vit", hidden_size=384, num_attention_heads=6, intermediate_size=512, num_hidden_layers=12
+    ).save_pretrained(tmp_path / "given")
+    vit = T3DVisionConfig.from_pretrained(tmp_path / "given", num_hidden_layers=6)
+    assert (vit.hidden_size, vit.intermediate_size, list(vit.feature_layers)) == (384, 512, [2, 3, 4, 6])
+    resnet = T3DVisionConfig.from_pretrained(tmp_path / "given", encoder_type="resnet")
+    assert (resnet.hidden_size, resnet.num_hidden_layers) == (2048, 16)
+    T3DVisionConfig(encoder_type="vit", feature_layers=[5, 12]).save_pretrained(tmp_path / "derived")
+    vit = T3DVisionConfig.from_pretrained(tmp_path / "derived", hidden_size=384)
+    assert (vit.intermediate_size, vit.num_hidden_layers, list(vit.feature_layers)) == (1536, 12, [5, 12])
+    with pytest.raises(StrictDataclassError, match="end with the last layer"):
+        T3DVisionConfig.from_pretrained(tmp_path / "derived", num_hidden_layers=6)
+
+
 def test_a_size_that_contradicts_the_resnet_is_refused():
     with pytest.raises(ValueError, match="hidden_size=99 contradicts"):
         T3DVisionConfig(hidden_size=99)
