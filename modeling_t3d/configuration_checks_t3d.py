@@ -81,6 +81,11 @@ def triple(name: str, value: int | list[int] | tuple[int, ...]) -> list[int]:
     return entries
 
 
+def divides(divisor: int, *numbers: int) -> bool:
+    """Whether `divisor` is positive and divides every one of `numbers`."""
+    return divisor >= 1 and not any(number % divisor for number in numbers)
+
+
 def check_terms(config: Any) -> None:
     """Which terms are switched on, and what they ask of each other."""
     names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences")
@@ -111,7 +116,7 @@ def check_terms(config: Any) -> None:
         )
     if not config.lambda_tir:
         return
-    if config.projection_dim % config.num_tir_heads:
+    if not divides(config.num_tir_heads, config.projection_dim):
         raise ValueError(f"num_tir_heads={config.num_tir_heads} must divide projection_dim={config.projection_dim}")
     if not 0 < config.tir_mask_ratio < 1 or config.tir_noise < 0 or config.tir_block_size < 1:
         raise ValueError(
@@ -125,4 +130,4 @@ def check_terms(config: Any) -> None:
         )
 
 
-__all__ = ["check_terms", "checked_keywords", "refuse_unknown", "triple"]
+__all__ = ["check_terms", "checked_keywords", "divides", "refuse_unknown", "triple"]

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_checks_t3d import check_terms, checked_keywords, refuse_unknown, triple
+from .configuration_checks_t3d import check_terms, checked_keywords, divides, refuse_unknown, triple
 from .presets_t3d import OBJECTIVES, PRESETS, ROBERTA_LAYOUT
 
 _BOTTLENECK_EXPANSION = 4
@@ -110,6 +111,8 @@ class T3DVisionConfig(PreTrainedConfig):
         self.stem_stride = triple("stem_stride", self.stem_stride)
         self.patch_size = triple("patch_size", self.patch_size)
         if self.encoder_type == "resnet":
+            if not self.hidden_sizes:
+                raise ValueError("hidden_sizes must name at least one stage")
             derived = {"hidden_size": self.hidden_sizes[-1], "num_hidden_layers": sum(self.depths)}
             for name, value in derived.items():
                 if getattr(self, name) not in (None, value):
@@ -165,14 +168,16 @@ class T3DVisionConfig(PreTrainedConfig):
         if any(size % divisor for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes {list(self.hidden_sizes)} of bottleneck stages must be multiples of 4")
         inner = [self.embedding_size, *(size // divisor for size in self.hidden_sizes)]
-        if self.norm == "group" and any(width % self.num_norm_groups for width in inner):
+        if self.norm == "group" and not divides(self.num_norm_groups, *inner):
             raise ValueError(
                 f"num_norm_groups={self.num_norm_groups} does not divide every width of the encoder {inner}; "
                 "choose a common divisor"
             )
 
     def _validate_vit(self):
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"unknown hidden_act {self.hidden_act!r}; Transformers has {', '.join(ACT2FN)}")
+        if not divides(self.num_attention_heads, self.hidden_size):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
@@ -341,8 +346,10 @@ class T3DConfig(PreTrainedConfig):
         if min(getattr(self, name) for name in names) <= 0:
             given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
             raise ValueError(f"temperatures must be positive, got {given}")
+        if self.max_logit_scale <= 0:
+            raise ValueError(f"max_logit_scale must be positive, got {self.max_logit_scale}")
         channels = self.vision_config.hidden_size
-        if self.projection_dim % self.num_tma_heads or channels % self.num_fusion_heads:
+        if not divides(self.num_tma_heads, self.projection_dim) or not divides(self.num_fusion_heads, channels):
             raise ValueError(
                 f"num_tma_heads={self.num_tma_heads} must divide projection_dim={self.projection_dim} and "
                 f"num_fusion_heads={self.num_fusion_heads} the vision tower's {channels} channels"
