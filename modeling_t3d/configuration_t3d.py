@@ -368,9 +368,18 @@ class T3DConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T3DConfig":
         """As in Transformers, but an unknown keyword raises, and so do fields that do not fit together."""
+        replaces_temperature = "gca_temperature" in kwargs
         loaded = super().from_dict(config_dict, **checked_keywords(cls, kwargs))
-        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate()
+        if replaces_temperature:
+            # Auto classes keep the keyword from the model, which has to know it: the folder has a scale as a weight.
+            config._replaces_temperature = True
         return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without the note that loading takes of a keyword."""
+        return {name: value for name, value in super().to_dict().items() if name != "_replaces_temperature"}
 
     def to_vision_config(self) -> T3DVisionConfig:
         """The vision tower's configuration, with the labels and the problem type that were set for the whole model."""

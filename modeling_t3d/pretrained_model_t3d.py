@@ -148,10 +148,9 @@ class T3DPreTrainedModel(PreTrainedModel):
                 for conversion in getattr(model, "_weight_conversions", None) or []
                 if _PRETRAINING_PREFIX not in conversion.source_patterns
             ]
-        if "gca_temperature" in kwargs:
+        if vars(model.config).pop("_replaces_temperature", False):
             # The folder holds the scale as a weight, which loading has just put in place of the keyword's.
-            with torch.no_grad():
-                model.base_model.logit_scale.fill_(-log(kwargs["gca_temperature"]))
+            _set_logit_scale(model.base_model, -log(model.config.gca_temperature))
         model.freeze_after_loading()
         return loaded
 
@@ -175,6 +174,17 @@ class T3DPreTrainedModel(PreTrainedModel):
         # Without it, batch norms in a recomputed block would count the same batch twice.
         function = partial(checkpoint_counting_once, self, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
+
+
+@torch.no_grad()
+def _set_logit_scale(model: nn.Module, value: float) -> None:
+    """Set the scale of a dual encoder, also of one that lies on disk, which reads its weights anew in each forward."""
+    hook = getattr(model, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None:
+            weights.dataset.state_dict[f"{weights.prefix}logit_scale"] = torch.tensor(value)
+    model.logit_scale.fill_(value)
 
 
 __all__ = ["T3DPreTrainedModel"]

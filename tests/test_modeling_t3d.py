@@ -11,6 +11,7 @@ from transformers import (
     AlbertConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForPreTraining,
     BartConfig,
     BartModel,
     BertConfig,
@@ -337,13 +338,41 @@ def test_a_text_tower_that_reads_from_left_to_right_is_pooled_by_its_mean():
     assert not torch.allclose(one, other)
 
 
-def test_a_temperature_among_the_keywords_counts(tmp_path):
-    T3DForPreTraining(tiny_config()).save_pretrained(tmp_path)
-    for model_class in (T3DModel, T3DForPreTraining):
-        model = model_class.from_pretrained(tmp_path, gca_temperature=0.2)
-        assert 1 / model.base_model.logit_scale.exp() == pytest.approx(0.2)
-        assert not model.base_model.logit_scale.requires_grad
-    assert 1 / T3DModel.from_pretrained(tmp_path).logit_scale.exp() == pytest.approx(0.07)
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_temperature_among_the_keywords_counts(tmp_path, learnable):
+    T3DForPreTraining(tiny_config(learnable_temperature=learnable)).save_pretrained(tmp_path)
+    for auto in (T3DModel, T3DForPreTraining, AutoModel, AutoModelForPreTraining):
+        model = auto.from_pretrained(tmp_path, gca_temperature=0.2)
+        assert 1 / model.base_model.logit_scale.exp().item() == pytest.approx(0.2)
+        assert model.base_model.logit_scale.requires_grad == learnable
+        # Saved and loaded again without it, the model keeps the temperature and leaves no trace of the keyword.
+        model.save_pretrained(tmp_path / "saved")
+        again = auto.from_pretrained(tmp_path / "saved")
+        assert torch.equal(again.base_model.logit_scale, model.base_model.logit_scale)
+        assert "_replaces_temperature" not in (tmp_path / "saved" / "config.json").read_text()
+        assert 1 / auto.from_pretrained(tmp_path).base_model.logit_scale.exp().item() == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("auto", [T3DModel, T3DForPreTraining, AutoModel])
+def test_a_temperature_among_the_keywords_counts_where_weights_lie_on_disk(tmp_path, auto):
+    T3DForPreTraining(tiny_config()).save_pretrained(tmp_path / "model")
+    settings = {"device_map": "auto", "max_memory": {"cpu": 1000, "disk": 10**9}}
+    models = [
+        auto.from_pretrained(tmp_path / "model", gca_temperature=0.5, **placement).base_model
+        for placement in ({}, {**settings, "offload_folder": tmp_path / "offloaded"})
+    ]
+    assert models[1].logit_scale.is_meta
+    batch = tiny_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(**batch).logits_per_image for model in models))
+
+
+def test_freezing_a_learnt_temperature_keeps_it(tmp_path):
+    model = T3DModel(tiny_config(learnable_temperature=True))
+    model.logit_scale.data.fill_(3.5)
+    model.save_pretrained(tmp_path)
+    for auto in (T3DModel, AutoModel):
+        assert auto.from_pretrained(tmp_path, learnable_temperature=False).logit_scale == 3.5
 
 
 def test_a_model_without_volumes_says_what_it_needs():
