@@ -88,7 +88,10 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
         )
     text_defaults = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     overrides["text_config"] = text_defaults | overrides.get("text_config", {})
-    config = T3DConfig.from_preset(settings.preset, settings.objective, **overrides)
+    try:
+        config = T3DConfig.from_preset(settings.preset, settings.objective, **overrides)
+    except ValueError as error:
+        raise ConfigurationError(f"model.overrides: {error}") from None
     if not vision and not text:
         return T3DForPreTraining(config)
     towers = ("vision_config", "text_config")

@@ -18,6 +18,12 @@ def load(folder: Path, text: str, *overrides: str):
     return load_configuration(path, overrides)
 
 
+def test_the_home_folder_stands_behind_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    settings = load(tmp_path, MINIMAL.replace("m.csv", "~/m.csv"), "training.output_dir=~/x")
+    assert (settings.data.manifest, settings.training.output_dir) == ("/home/somebody/m.csv", "/home/somebody/x")
+
+
 def test_defaults_and_overrides(tmp_path):
     settings = load(
         tmp_path,

@@ -274,6 +274,7 @@ def test_pretrained_towers_are_where_the_run_starts(pretrain, phantoms, tmp_path
         ({"vision_model_name_or_path": "v", "overrides": {"vision_config": {"norm": "batch"}}}, "vision_config desc"),
         ({"text_model_name_or_path": "t", "overrides": {"text_config": {"hidden_size": 8}}}, "text_config describes"),
         ({"overrides": {"num_frozen_text_layers": 1}}, "would freeze layers that have learnt nothing"),
+        ({"overrides": {"gca_temprature": 3}}, "model.overrides: .*did you mean 'gca_temperature'"),
     ],
 )
 def test_settings_of_a_tower_that_would_not_count_are_refused(pretrain, model, message):

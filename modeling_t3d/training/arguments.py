@@ -4,6 +4,7 @@
 raises with the nearest name. Nothing is read from the environment."""
 
 import difflib
+import os
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -327,7 +328,8 @@ def load_configuration(path: str | Path, overrides: Sequence[str] = ()) -> Pretr
 
     Args:
         path (`str` or `Path`): the file.
-        overrides (sequence of `str`): for example `"training.max_steps=100"`; the value is read as YAML.
+        overrides (sequence of `str`): for example `"training.max_steps=100"`; the value is read as YAML. `~/` is the
+            home folder there and in the file, which no shell puts in its place behind an equals sign.
     """
     import yaml
 
@@ -343,7 +345,13 @@ def load_configuration(path: str | Path, overrides: Sequence[str] = ()) -> Pretr
             _set_dotted(values, key.lstrip("-").split("."), yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    return from_mapping(PretrainingConfiguration, values)
+    return from_mapping(PretrainingConfiguration, _with_home(values))
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_home(entry) for name, entry in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _set_dotted(values: dict[str, Any], keys: list[str], value: Any) -> None:
