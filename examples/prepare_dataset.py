@@ -145,6 +145,12 @@ def run(arguments: argparse.Namespace) -> None:
     if repeated := write_stored_manifest(manifest, report, stored):
         logger.warning("%d rows hold the very volume of an earlier row and are not in %s", repeated, stored)
     logger.info("train on %s with the store %s", stored, arguments.store)
+    if without := sum(not row.report for row in rows):
+        logger.warning(
+            "%d rows have no report, and training refuses them: write captions with examples/generate_captions.py, or "
+            "take the rows out",
+            without,
+        )
 
 
 if __name__ == "__main__":

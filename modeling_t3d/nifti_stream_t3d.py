@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from .geometry_t3d import Grid, Volume, VolumeReadError, check_affine
 from .volume_arithmetic_t3d import rescale
 from .volume_headers_t3d import MAXIMUM_DEFLATE, check_promise, damaged, pick_time
+
+logger = logging.get_logger(__name__)
 
 PIECE = 1 << 20  # bytes inflated per call: larger than the reader's own buffer, so that it is passed by
 
@@ -192,8 +195,12 @@ def nifti_geometry(source: str, image: Any) -> tuple[np.ndarray, tuple[str, ...]
         notes: list[str] = []
         if hasattr(header, "get_xyzt_units"):  # NIfTI; nibabel's other formats are in mm
             if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-                notes.append(
-                    "the header gives no orientation (sform and qform codes are 0): nibabel's default is used"
+                note = "the header gives no orientation (sform and qform codes are 0): nibabel's default is used"
+                notes.append(note)
+                # Once, and without the name: a data set may hold thousands of such files.
+                logger.warning_once(
+                    f"a NIfTI file is read of which {note}; sides and spacing may be wrong. `warnings` of a volume "
+                    "names what was noticed of it; read the voxels yourself and pass affine= where it is known"
                 )
             scale = {"meter": 1e3, "micron": 1e-3}.get(_spatial_unit(header))
             if scale is not None:

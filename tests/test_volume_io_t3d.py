@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from transformers.utils.logging import warning_once
 
 from modeling_t3d import volume_arithmetic_t3d, volume_io_t3d
 from modeling_t3d.geometry_t3d import Volume, VolumeError, VolumeGeometryError
@@ -110,7 +111,7 @@ def test_rescale_is_exact_near_the_limits_of_the_types():
             assert max(abs(wanted.min()), abs(wanted.max()), 2**31 - 1) >= 2**31 - 1
 
 
-def test_nifti_orientation_codes(tmp_path, scan):
+def test_nifti_orientation_codes(tmp_path, scan, caplog):
     image = nibabel.Nifti1Image(scan, None)
     image.set_qform(AFFINE, code=1)
     image.set_sform(None, code=0)
@@ -118,8 +119,13 @@ def test_nifti_orientation_codes(tmp_path, scan):
     np.testing.assert_allclose(read_volume(tmp_path / "qform.nii").affine, AFFINE, atol=1e-5)
     image.set_qform(None, code=0)
     nibabel.save(image, tmp_path / "neither.nii")
-    volume = read_volume(tmp_path / "neither.nii")
+    assert not caplog.records
+    warning_once.cache_clear()
+    with caplog.at_level("WARNING", logger="modeling_t3d"):
+        volume = read_volume(tmp_path / "neither.nii")
     assert "no orientation" in volume.warnings[0]
+    assert "no orientation" in caplog.text
+    assert "neither" not in caplog.text
     np.testing.assert_array_equal(volume.affine, nibabel.load(tmp_path / "neither.nii").affine)
 
 
