@@ -32,6 +32,11 @@ def masked_mean(vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return (vectors * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def has_content(tensor: torch.Tensor) -> bool:
+    """Whether values can be read of a tensor: a forecast of memory runs on some that have none."""
+    return not is_fake_tensor(tensor) or torch.compiler.is_compiling()
+
+
 def groups_of_like_length(attention_mask: torch.Tensor, num_groups: int) -> list[tuple[torch.Tensor, int]]:
     """
     Texts in groups that pad little: which texts, and how many leading tokens hold all of theirs.
@@ -76,9 +81,7 @@ class T3DProjectionHead(nn.Module):
 
     def _kept(self, mask: torch.Tensor) -> torch.Tensor | None:
         """Which vectors a batch norm in training takes its statistics over; `None` for all of them."""
-        if not isinstance(self.norm, _BatchNorm) or not self.norm.training:
-            return None
-        if is_fake_tensor(mask) and not torch.compiler.is_compiling():  # a forecast of memory: no mask has content
+        if not isinstance(self.norm, _BatchNorm) or not self.norm.training or not has_content(mask):
             return None
         kept = mask.nonzero().squeeze(1)
         # One vector has no statistics of its own.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.import_utils import is_fake_tensor, is_tracing
+from transformers.utils.import_utils import is_tracing
 
 from .clustering_loss_t3d import (
     chunked_multi_view_contrastive,
@@ -24,7 +24,7 @@ from .clustering_loss_t3d import (
 from .communication_t3d import all_gather, all_reduce_sum, gather_sizes, global_mean, rank
 from .configuration_t3d import T3DConfig
 from .encoders_t3d import frozen_batch_norm_statistics
-from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DReports, groups_of_like_length, unit_norm
+from .layers_t3d import T3DMultiViewAlignment, T3DPrototypes, T3DReports, groups_of_like_length, has_content, unit_norm
 from .modeling_outputs_t3d import T3DForPreTrainingOutput, T3DOutput, T3DPairFeatures
 from .modeling_t3d import T3DModel, model_from_towers
 from .pair_relations_t3d import gather_identities
@@ -421,8 +421,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
         text_features: torch.Tensor = features.text_features
         local_mask: torch.Tensor = features.local_mask
         has_pairs = sum(gather_sizes(len(local_mask), local_mask.device)) > 1
-        if is_fake_tensor(local_mask) and not torch.compiler.is_compiling():
-            # A forecast of memory, in which nothing has content: every volume has every view.
+        if not has_content(local_mask):  # every volume has every view
             everyone = torch.arange(len(local_mask), device=local_mask.device)
             volumes, volumes_with_view = [everyone] * local_mask.shape[1], [len(local_mask)] * local_mask.shape[1]
         else:

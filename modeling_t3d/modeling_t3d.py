@@ -605,7 +605,7 @@ def model_from_towers(
     if not isinstance(text, PreTrainedModel):
         text = _auto_class(AutoConfig.from_pretrained(text)).from_pretrained(text)
     text_model = text.base_model
-    _auto_class(text_model.config)
+    _auto_class(text_model.config)  # a model that is no text encoder is refused before a configuration is made of it
     towers: dict[str, Any] = {
         "vision_config": deepcopy(vision_model.config),
         "text_config": deepcopy(text_model.config),

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Typed settings of a pre-training run and the YAML files that hold them; an unknown key or a value of the wrong type
-raises with the nearest name. Nothing is read from the environment."""
+raises with the nearest name. Of the environment nothing is read but the home folder."""
 
 import difflib
 import os
