@@ -86,6 +86,21 @@ def divides(divisor: int, *numbers: int) -> bool:
     return divisor >= 1 and not any(number % divisor for number in numbers)
 
 
+def check_local_contrast(config: Any) -> None:
+    """The sizes, scales and bins of the encoder of that name."""
+    if config.cell_size < 2 or config.cell_size % 2:
+        raise ValueError(f"cell_size must be an even number of voxels, got {config.cell_size}")
+    scales = config.contrast_scales
+    if not scales or any(len(pair) != 2 or not 0 <= pair[0] < pair[1] for pair in scales):
+        raise ValueError(
+            "contrast_scales must be pairs of an inner and a larger outer standard deviation, in units of two voxels, "
+            f"got {scales}"
+        )
+    edges = list(config.response_edges)
+    if len(edges) < 2 or edges != sorted(set(edges)):
+        raise ValueError(f"response_edges must be at least two ascending numbers, got {edges}")
+
+
 def check_terms(config: Any) -> None:
     """Which terms are switched on, and what they ask of each other."""
     names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences")
@@ -130,4 +145,4 @@ def check_terms(config: Any) -> None:
         )
 
 
-__all__ = ["check_terms", "checked_keywords", "divides", "refuse_unknown", "triple"]
+__all__ = ["check_local_contrast", "check_terms", "checked_keywords", "divides", "refuse_unknown", "triple"]

@@ -12,7 +12,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_checks_t3d import check_terms, checked_keywords, divides, refuse_unknown, triple
+from .configuration_checks_t3d import (
+    check_local_contrast,
+    check_terms,
+    checked_keywords,
+    divides,
+    refuse_unknown,
+    triple,
+)
 from .presets_t3d import OBJECTIVES, PRESETS, ROBERTA_LAYOUT
 
 _BOTTLENECK_EXPANSION = 4
@@ -33,11 +40,14 @@ class T3DVisionConfig(PreTrainedConfig):
 
     Args:
         encoder_type (`str`, defaults to `"resnet"`):
-            A name in `modeling_t3d.encoders_t3d.ENCODERS`: `"resnet"`, `"vit"`, or one that you registered.
+            A name in `modeling_t3d.encoders_t3d.ENCODERS`: `"resnet"`, `"vit"`, `"local_contrast"` (our own, for
+            small lesions at little compute), or one that you registered.
         num_channels (`int`, defaults to 1): intensity windows per view.
         hidden_size (`int`, *optional*):
-            Channels of the token map. Derived for the ResNet (`hidden_sizes[-1]`); 768 for the ViT.
-        num_hidden_layers (`int`, *optional*): derived for the ResNet (`sum(depths)`); 12 for the ViT.
+            Channels of the token map. Derived for the ResNet (`hidden_sizes[-1]`); 48 for local contrast, 768 for the
+            ViT.
+        num_hidden_layers (`int`, *optional*):
+            Derived for the ResNet (`sum(depths)`) and local contrast (1); 12 for the ViT.
         embedding_size (`int`, defaults to 64): ResNet: channels of the stem.
         hidden_sizes (`list[int]`, defaults to `(256, 512, 1024, 2048)`): ResNet: channels that each stage puts out.
         depths (`list[int]`, defaults to `(3, 4, 6, 3)`): ResNet: residual blocks per stage.
@@ -55,6 +65,16 @@ class T3DVisionConfig(PreTrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): ViT: as in Transformers.
         feature_layers (`list[int]`, *optional*):
             ViT: after which layers (1-based, ascending) a feature map is taken; by default each quarter of the depth.
+        cell_size (`int`, defaults to 6): local contrast: edge of a token's cell in voxels, an even number [choice].
+        grid_size (`int` or triple, defaults to `(18, 12, 16)`):
+            Local contrast: cells of the views whose places are learnt, `ceil(view size / cell_size)`; the global view
+            of the configuration that comes with it is 104 x 72 x 96 [choice].
+        contrast_scales (`list` of pairs, defaults to `((0.0, 1.0), (0.6, 1.3), (1.0, 2.0))`):
+            Local contrast: standard deviations of the two Gaussians whose difference is a filter, in units of two
+            voxels [choice].
+        response_edges (`list[float]`, defaults to `(-0.5, 0.7, 1.7, 2.5, 3.0)`):
+            Local contrast: bins of a filter's largest response in a cell, in standard deviations from its mean; about
+            the quantiles 0.5, 0.8, 0.93, 0.98 and 0.995 in phantoms [choice].
         encoder_options (`dict`, *optional*): settings of an encoder that you registered.
         provenance (`dict`, *optional*): where the weights come from: source file and its hash, licence.
         classifier_dropout (`float`, defaults to 0.3): before the linear layer of [`T3DForImageClassification`].
@@ -100,6 +120,10 @@ class T3DVisionConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     feature_layers: list[int] | tuple[int, ...] | None = None
+    cell_size: int = 6
+    grid_size: int | list[int] | tuple[int, ...] = (18, 12, 16)
+    contrast_scales: list | tuple = ((0.0, 1.0), (0.6, 1.3), (1.0, 2.0))
+    response_edges: list[float | int] | tuple[float | int, ...] = (-0.5, 0.7, 1.7, 2.5, 3.0)
     encoder_options: dict | None = None
     classifier_dropout: float | int = 0.3
     provenance: dict | None = None
@@ -110,6 +134,7 @@ class T3DVisionConfig(PreTrainedConfig):
         self.stem_kernel_size = triple("stem_kernel_size", self.stem_kernel_size)
         self.stem_stride = triple("stem_stride", self.stem_stride)
         self.patch_size = triple("patch_size", self.patch_size)
+        self.grid_size = triple("grid_size", self.grid_size)
         if self.encoder_type == "resnet":
             if not self.hidden_sizes:
                 raise ValueError("hidden_sizes must name at least one stage")
@@ -121,6 +146,11 @@ class T3DVisionConfig(PreTrainedConfig):
                         f"{value}; leave {name} out"
                     )
                 setattr(self, name, value)
+        elif self.encoder_type == "local_contrast":
+            self.hidden_size = 48 if self.hidden_size is None else self.hidden_size
+            if self.num_hidden_layers not in (None, 1):
+                raise ValueError(f"local contrast has one layer, not num_hidden_layers={self.num_hidden_layers}")
+            self.num_hidden_layers = 1
         else:
             self.hidden_size = 768 if self.hidden_size is None else self.hidden_size
             self.num_hidden_layers = 12 if self.num_hidden_layers is None else self.num_hidden_layers
@@ -157,6 +187,8 @@ class T3DVisionConfig(PreTrainedConfig):
             self._validate_resnet()
         elif self.encoder_type == "vit":
             self._validate_vit()
+        elif self.encoder_type == "local_contrast":
+            check_local_contrast(self)
 
     def _validate_resnet(self):
         if len(self.depths) != len(self.hidden_sizes) or not self.depths or min(self.depths) < 1:

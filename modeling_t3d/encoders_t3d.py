@@ -30,6 +30,7 @@ from .encoder_blocks_t3d import (
     norm_layer,
     sincos_positions,
 )
+from .encoder_contrast_t3d import T3DContrastFilters, T3DPlaceProjection, binned
 
 # Before torch 2.10 they did update them again. There, blocks beside batch norms keep their activations when compiled.
 _COMPILED_GRAPHS_COUNT_TWICE = torch.__version__ < "2.10"
@@ -217,7 +218,55 @@ class T3DViT(T3DEncoder):
         return T3DEncoderOutput(last_hidden_state=feature_maps[-1], feature_maps=tuple(feature_maps))
 
 
-ENCODERS: dict[str, type[T3DEncoder]] = {"resnet": T3DResNet, "vit": T3DViT}
+class T3DLocalContrast(T3DEncoder):
+    """
+    Small bright and dark spots, asked for by fixed filters, and their places in the body: what finds focal lesions in
+    phantoms where a residual network of the same compute stays at chance.
+
+    Per cell of the grid the largest response of each filter, batch-normalised and told in bins; then one
+    linear layer per cell, which is sparse where training asks for it (`place_soft_threshold`).
+    """
+
+    def __init__(self, config: T3DVisionConfig):
+        super().__init__(config)
+        self.filters = T3DContrastFilters(config.num_channels, config.contrast_scales)
+        num_responses = self.filters.num_outputs
+        self.norm = nn.BatchNorm3d(num_responses, eps=config.norm_eps, affine=False)
+        num_binned = num_responses * (len(config.response_edges) - 1)
+        self.projection = T3DPlaceProjection(num_binned, self.hidden_size, config.grid_size)
+        self.feature_channels = [num_binned, self.hidden_size]
+        cell_size = config.cell_size
+        self.feature_strides = [(cell_size, cell_size, cell_size)] * 2
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The filters."""
+        return self.filters
+
+    def initialize_parameters(self) -> None:
+        """The filters, and a normal distribution for what is learnt of places."""
+        self.filters.initialize_parameters()
+        init.normal_(self.projection.place_weight, mean=0.0, std=self.config.initializer_range)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
+        """Encode views of shape `(batch, num_channels, depth, height, width)`, of any size of at least a cell."""
+        pixel_values = self.prepare_input(pixel_values)
+        if min(pixel_values.shape[2:]) < self.config.cell_size:
+            raise ValueError(
+                f"views of {tuple(pixel_values.shape[2:])} voxels (z, y, x) are smaller than one cell of "
+                f"{self.config.cell_size} voxels; choose larger views in the processor or a smaller cell_size"
+            )
+        responses = self.filters(pixel_values)
+        with torch.autocast(responses.device.type, enabled=False):  # on a CPU it would copy them to 32 bits first
+            responses = nn.functional.max_pool3d(responses, self.config.cell_size // 2, ceil_mode=True)
+        responses = binned(self.norm(responses), self.config.response_edges)
+        if self.training and self.projection.gradient_checkpointing and not torch.compiler.is_compiling():
+            # Re-entrant checkpoints pass gradients on to weights only where an input takes some.
+            responses.requires_grad_()
+        hidden_states = self.projection(responses)
+        return T3DEncoderOutput(last_hidden_state=hidden_states, feature_maps=(responses, hidden_states))
+
+
+ENCODERS: dict[str, type[T3DEncoder]] = {"resnet": T3DResNet, "vit": T3DViT, "local_contrast": T3DLocalContrast}
 
 
 def build_encoder(config: T3DVisionConfig) -> T3DEncoder:
@@ -313,6 +362,7 @@ __all__ = [
     "T3DEncoder",
     "T3DEncoderBlock",
     "T3DEncoderOutput",
+    "T3DLocalContrast",
     "T3DResNet",
     "T3DResNetBasicBlock",
     "T3DResNetBottleneckBlock",

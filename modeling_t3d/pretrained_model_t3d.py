@@ -66,6 +66,7 @@ class T3DPreTrainedModel(PreTrainedModel):
         "T3DResNetBasicBlock",
         "T3DResNetBottleneckBlock",
         "T3DViTLayer",
+        "T3DPlaceProjection",
         "T3DProjectionHead",
         "T3DViewFusionLayer",
     ]

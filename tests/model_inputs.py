@@ -17,6 +17,7 @@ TINY_VIT = {
     "num_attention_heads": 2,
     "patch_size": 4,
 }
+TINY_CONTRAST = {"encoder_type": "local_contrast", "hidden_size": 16, "cell_size": 4, "grid_size": [2, 4, 4]}
 
 
 def tiny_config(**overrides: Any) -> T3DConfig:
@@ -29,8 +30,17 @@ def tiny_config(**overrides: Any) -> T3DConfig:
 
 def tiny_vit_config(**overrides: Any) -> T3DConfig:
     """The same around a two-layer vision transformer."""
+    return _with_encoder(TINY_VIT, **overrides)
+
+
+def tiny_contrast_config(**overrides: Any) -> T3DConfig:
+    """The same around the encoder of local contrast, whose grid is that of the batch's global views."""
+    return _with_encoder(TINY_CONTRAST, **overrides)
+
+
+def _with_encoder(vision_config: dict[str, Any], **overrides: Any) -> T3DConfig:
     return T3DConfig(
-        vision_config=TINY_VIT,
+        vision_config=vision_config,
         text_config=tiny_config().text_config,
         **{"projection_dim": 16, "projection_hidden_size": 32, "num_tma_heads": 2, "num_fusion_heads": 2, **overrides},
     )

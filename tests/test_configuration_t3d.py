@@ -238,6 +238,14 @@ def test_whole_numbers_serve_as_real_ones():
         ({"encoder_type": "vit", "hidden_act": "gelo"}, "unknown hidden_act 'gelo'; Transformers has gelu"),
         ({"encoder_type": "vit", "feature_layers": [3, 6]}, "end with the last layer"),
         ({"encoder_type": "vit", "feature_layers": [6, 3, 12]}, "must ascend"),
+        ({"encoder_type": "local_contrast", "cell_size": 5}, "cell_size must be an even number of voxels, got 5"),
+        (
+            {"encoder_type": "local_contrast", "grid_size": [4, 0, 4]},
+            "grid_size must be one positive integer or three",
+        ),
+        ({"encoder_type": "local_contrast", "contrast_scales": [[1.0, 0.5]]}, "an inner and a larger outer"),
+        ({"encoder_type": "local_contrast", "response_edges": [1.0, 0.0]}, "two ascending numbers, got"),
+        ({"encoder_type": "local_contrast", "num_hidden_layers": 2}, "one layer, not num_hidden_layers=2"),
     ],
 )
 def test_vision_fields_must_fit_together(settings, message):
@@ -291,6 +299,8 @@ def test_values_are_derived():
     assert (vit.hidden_size, vit.num_hidden_layers, vit.intermediate_size) == (768, 12, 3072)
     assert vit.feature_layers == [3, 6, 9, 12]
     assert CONFIGS["vit"]().feature_layers == [1, 2, 3]
+    contrast = T3DVisionConfig(encoder_type="local_contrast", grid_size=4)
+    assert (contrast.hidden_size, contrast.num_hidden_layers, contrast.grid_size) == (48, 1, [4, 4, 4])
 
 
 def test_presets_are_what_they_claim():

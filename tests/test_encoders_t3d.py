@@ -78,6 +78,9 @@ CONFIGS = {
     "resnet-instance": partial(resnet_config, norm="instance"),
     "resnet-bottleneck-A": partial(resnet_config, "bottleneck", shortcut_type="A"),
     "vit": vit_config,
+    "local-contrast": partial(
+        T3DVisionConfig, encoder_type="local_contrast", hidden_size=16, cell_size=2, grid_size=[4, 8, 8]
+    ),
 }
 
 

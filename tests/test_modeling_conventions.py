@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from model_inputs import tiny_batch, tiny_config, tiny_vit_config
+from model_inputs import tiny_batch, tiny_config, tiny_contrast_config, tiny_vit_config
 from safetensors.torch import load_file
 from tiny_checkpoint import tiny_processor
 from torch import nn
@@ -26,6 +26,7 @@ DUAL_CONFIGS = {
     "resnet": lambda: tiny_config(view_fusion="attention", contrastive_loss="sigmoid", tma_query="none"),
     "batch norm": lambda: tiny_config(vision_config={"norm": "batch"}, projection_norm="batch"),
     "vit": lambda: tiny_vit_config(learnable_temperature=True, tma_query="vision", tma_loss="swav", num_prototypes=8),
+    "local contrast": tiny_contrast_config,
 }
 
 
@@ -262,7 +263,7 @@ def test_evaluation_is_deterministic_and_tuples_hold_the_same(model_class, kind)
     assert any(torch.equal(main_output(first), item) for item in as_tuple if isinstance(item, torch.Tensor))
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
+@pytest.mark.parametrize("kind", ["resnet", "vit", "local contrast"])
 @pytest.mark.parametrize("model_class", VISION_CLASSES)
 def test_hidden_states_are_one_more_than_the_layers(model_class, kind):
     model = build(model_class, kind)
@@ -272,14 +273,15 @@ def test_hidden_states_are_one_more_than_the_layers(model_class, kind):
     assert model(**inputs).hidden_states is None
     model.config.output_hidden_states = True
     assert len(model.vision_model(**inputs).hidden_states if hasattr(model, "vision_model") else output.hidden_states)
-    # Gradients can be kept on what is put out.
-    for hidden_state in output.hidden_states:
+    # Gradients can be kept on what is put out, but for responses of filters that never change.
+    learnt = output.hidden_states[kind == "local contrast" :]
+    for hidden_state in learnt:
         hidden_state.retain_grad()
     main_output(output).sum().backward()
-    assert all(hidden_state.grad is not None for hidden_state in output.hidden_states)
+    assert all(hidden_state.grad is not None for hidden_state in learnt)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
+@pytest.mark.parametrize("kind", ["resnet", "vit", "local contrast"])
 def test_both_towers_put_out_hidden_states(kind):
     model = build(T3DModel, kind)
     output = model(**inputs_of(T3DModel), output_hidden_states=True)
@@ -309,7 +311,9 @@ def test_eager_attention_puts_out_its_maps():
     torch.testing.assert_close(attentions[0].sum(dim=-1), torch.ones(4, 2, 32))
 
 
-@pytest.mark.parametrize(("kind", "training"), [("batch norm", True), ("vit", True), ("vit", False)])
+@pytest.mark.parametrize(
+    ("kind", "training"), [("batch norm", True), ("vit", True), ("vit", False), ("local contrast", True)]
+)
 def test_the_vision_tower_compiles_as_one_graph(kind, training):
     torch._dynamo.reset()
     model = build(T3DVisionModel, kind).train(training)
@@ -343,7 +347,7 @@ def test_checkpointing_keeps_gradients_and_running_statistics(model_class, kind)
     assert any(getattr(module, "gradient_checkpointing", False) for module in recomputed.modules())
     runs = []
     for module in recomputed.modules():
-        if type(module).__name__ in ("T3DResNetBasicBlock", "T3DViTLayer"):
+        if type(module).__name__ in ("T3DResNetBasicBlock", "T3DViTLayer", "T3DPlaceProjection"):
             module.register_forward_hook(lambda *_: runs.append(1))
     for model in (plain, recomputed):
         output = model(**inputs_of(model_class))

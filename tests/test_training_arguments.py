@@ -76,6 +76,7 @@ def test_shipped_configurations_load(path):
         ("training.logging_steps=0", r"training\.logging_steps must be positive, got 0"),
         ("training.warmup_ratio=1", r"training\.warmup_ratio must lie in \[0, 1\), got 1"),
         ("training.ema_decay=1", r"training\.ema_decay must lie between 0 and 1, got 1"),
+        ("training.place_soft_threshold=-0.1", r"training\.place_soft_threshold must be 0 or more, got -0\.1"),
         ("training.frozen_vision_layers=-1", r"training\.frozen_vision_layers must be 0 or more, got -1"),
         ("training.activation_checkpointing_stages=[layer1]", r"needs training\.activation_checkpointing=true"),
         ("training.early_stopping_patience=2", r"needs training\.metric_for_best_model and training\.eval_steps"),

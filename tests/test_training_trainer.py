@@ -8,13 +8,20 @@ import random
 
 import pytest
 import torch
+from model_inputs import tiny_contrast_config
 from torch.optim import AdamW
 from training_runs import assert_same_weights, launch, log_of, status, torchrun, weights
 from training_stub import NUM_SAMPLES, StubConfig, StubModel, build_trainer
 
+from modeling_t3d.modeling_t3d import T3DModel
 from modeling_t3d.training.arguments import ConfigurationError, T3DTrainingArguments
 from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints
-from modeling_t3d.training.optimization import clamp_logit_scale, learning_rate, parameter_groups
+from modeling_t3d.training.optimization import (
+    clamp_logit_scale,
+    learning_rate,
+    parameter_groups,
+    shrink_place_weights,
+)
 
 # ---------------------------------------------------------------------------------------------- training
 
@@ -128,6 +135,31 @@ def test_clamp_leaves_a_fixed_temperature_alone():
     model.logit_scale.requires_grad_(True)
     clamp_logit_scale(model)
     assert model.logit_scale.item() == pytest.approx(math.log(20.0))
+
+
+def test_weights_of_places_shrink_by_their_rate_and_stop_at_zero():
+    args = T3DTrainingArguments("x", vision_learning_rate=0.5, place_soft_threshold=0.2)
+    model = T3DModel(tiny_contrast_config())
+    weights = model.vision_model.encoder.projection.place_weight
+    before = weights.detach().normal_(std=0.1).clone()
+    others = {name: value.clone() for name, value in model.state_dict().items() if not name.endswith("place_weight")}
+    shrink_place_weights(AdamW(parameter_groups(model, args)))
+    torch.testing.assert_close(weights.detach(), torch.nn.functional.softshrink(before, 0.1))
+    assert 0.2 < (weights == 0).float().mean() < 0.8
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
+
+
+def test_places_are_a_group_of_their_own_only_where_they_shrink():
+    model = T3DModel(tiny_contrast_config())
+    plain = parameter_groups(model, T3DTrainingArguments("x"))
+    assert not any("soft_threshold" in group for group in plain)
+    shrinking = parameter_groups(model, T3DTrainingArguments("x", place_soft_threshold=0.2))
+    assert [len(group["params"]) for group in shrinking if "soft_threshold" in group] == [1]
+    num_parameters = len(list(model.parameters())) - 1  # the fixed temperature
+    assert sum(len(group["params"]) for group in plain) == num_parameters
+    assert sum(len(group["params"]) for group in shrinking) == num_parameters
+    with pytest.raises(ConfigurationError, match=r"place_soft_threshold=0\.2 shrinks weights of single places"):
+        parameter_groups(StubModel(StubConfig()), T3DTrainingArguments("x", place_soft_threshold=0.2))
 
 
 @pytest.mark.parametrize(

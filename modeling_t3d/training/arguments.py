@@ -54,6 +54,9 @@ class T3DTrainingArguments:
         min_learning_rate (`float`, defaults to 1e-6): where the cosine ends.
         warmup_ratio (`float`, defaults to 0.05): share of the run in which the rates rise linearly.
         weight_decay (`float`, defaults to 0.05): not on biases, norms, temperature, learnt positions and prototypes.
+        place_soft_threshold (`float`, defaults to 0.0):
+            After each step, weights of single places (those of `encoder_type="local_contrast"`) move towards 0 by this
+            share of their learning rate and stop there, as under an L1 penalty: most places say nothing of a finding.
         adam_beta1, adam_beta2, adam_epsilon (`float`): AdamW's 0.9, 0.999, 1e-8.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are clipped to this norm; `None` clips nothing.
         mixed_precision (`"auto"`, `"bf16"`, `"fp16"` or `"no"`, defaults to `"auto"`):
@@ -123,6 +126,7 @@ class T3DTrainingArguments:
     min_learning_rate: float = 1e-6
     warmup_ratio: float = 0.05
     weight_decay: float = 0.05
+    place_soft_threshold: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -185,7 +189,7 @@ class T3DTrainingArguments:
             )
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigurationError(f"training.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
-        for name in ("dataloader_num_workers", "frozen_vision_layers"):
+        for name in ("dataloader_num_workers", "frozen_vision_layers", "place_soft_threshold"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"training.{name} must be 0 or more, got {getattr(self, name)}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

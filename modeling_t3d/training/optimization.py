@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Parameter groups, the schedule as a pure function of progress, and the bound of a learnt temperature."""
+"""Parameter groups, the schedule as a pure function of progress, and what happens to weights after a step."""
 
 import math
 
@@ -12,6 +12,8 @@ from .arguments import ConfigurationError, T3DTrainingArguments
 
 # Of matrices that place or scale something, and are no map from one space to another.
 _NOT_DECAYED = ("position_embeddings", "prototypes")
+# Of matrices of which there is one for each place in the body, and which the reports say little about.
+_PLACES = "place_weight"
 
 
 def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]:
@@ -19,7 +21,11 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
     Trainable parameters by tower and by whether weight decay applies, in the model's order.
 
     Below `vision_model` and `text_model` the towers' rates hold, elsewhere the heads'. Vectors and scalars (biases,
-    norms, temperature), learnt positions and prototypes are not decayed.
+    norms, temperature), learnt positions and prototypes are not decayed. Weights of single places stand by themselves
+    where `args.place_soft_threshold` shrinks them.
+
+    Raises:
+        ConfigurationError: nothing trains, or there are no weights of places to shrink.
     """
     rates = {
         "vision": args.vision_learning_rate,
@@ -27,16 +33,25 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
         "heads": args.head_learning_rate,
     }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    places: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
+        if args.place_soft_threshold and parts[-1] == _PLACES:
+            places.append(parameter)
+            continue
         tower = "vision" if "vision_model" in parts else "text" if "text_model" in parts else "heads"
         is_decayed = parameter.ndim > 1 and not any(part.endswith(_NOT_DECAYED) for part in parts)
         groups.setdefault((tower, is_decayed), []).append(parameter)
-    if not groups:
+    if not groups and not places:
         raise ConfigurationError("the model has no trainable parameter; freeze less")
-    return [
+    if args.place_soft_threshold and not places:
+        raise ConfigurationError(
+            f"training.place_soft_threshold={args.place_soft_threshold} shrinks weights of single places, of which "
+            'the model trains none: set it to 0, or vision_config.encoder_type="local_contrast"'
+        )
+    described = [
         {
             "params": parameters,
             "name": tower if decayed else f"{tower}_no_decay",
@@ -46,6 +61,10 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
         }
         for (tower, decayed), parameters in groups.items()
     ]
+    if places:
+        rate = {"lr": rates["vision"], "peak_lr": rates["vision"], "weight_decay": args.weight_decay}
+        described.append({"params": places, "name": "places", **rate, "soft_threshold": args.place_soft_threshold})
+    return described
 
 
 def learning_rate(peak: float, progress: float, *, minimum: float, warmup_ratio: float) -> float:
@@ -77,4 +96,19 @@ def clamp_logit_scale(model: PreTrainedModel) -> None:
             parameter.clamp_(max=math.log(model.config.max_logit_scale))
 
 
-__all__ = ["clamp_logit_scale", "learning_rate", "parameter_groups"]
+@torch.no_grad()
+def shrink_place_weights(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Move weights of single places towards 0 by their group's `soft_threshold` times its learning rate, and no further.
+
+    The proximal step of an L1 penalty, decoupled from the gradient as AdamW's decay is: a weight whose gradients do
+    not agree from step to step becomes and stays exactly 0.
+    """
+    for group in optimizer.param_groups:
+        if "soft_threshold" in group:
+            for parameter in group["params"]:
+                size = (parameter.abs() - group["soft_threshold"] * group["lr"]).clamp(min=0)
+                parameter.copy_(parameter.sign() * size)
+
+
+__all__ = ["clamp_logit_scale", "learning_rate", "parameter_groups", "shrink_place_weights"]

@@ -27,7 +27,7 @@ from .checkpoints import AVERAGED_FOLDER, MODEL_FILE, Stateful, random_state, re
 from .guard import NonFiniteGuard
 from .model_card import fill_model_card
 from .model_setup import set_up_model
-from .optimization import clamp_logit_scale, learning_rate, parameter_groups
+from .optimization import clamp_logit_scale, learning_rate, parameter_groups, shrink_place_weights
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
 from .prefetch import prefetched
 from .preflight import (
@@ -315,6 +315,7 @@ class T3DTrainer:
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
             # Before the average sees it, or the average would pass the bound.
             clamp_logit_scale(self.unwrapped_model)
+            shrink_place_weights(self.optimizer)
             if self.average is not None:
                 self.average.update()
         else:
