@@ -103,7 +103,7 @@ def check_local_contrast(config: Any) -> None:
 
 def check_terms(config: Any) -> None:
     """Which terms are switched on, and what they ask of each other."""
-    names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences")
+    names = ("lambda_gca", "lambda_tma", "lambda_tir", "lambda_sentences", "lambda_texts")
     if min(getattr(config, name) for name in names) < 0:
         raise ValueError(f"weights of terms must be 0 or more, got { ({n: getattr(config, n) for n in names}) }")
     if config.gca_views == "local" and config.view_fusion == "attention":

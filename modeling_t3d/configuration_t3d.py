@@ -254,6 +254,9 @@ class T3DConfig(PreTrainedConfig):
             views, as GTGM does with its two crops [paper].
         lambda_sentences (`float`, defaults to 1.0):
             Weight of the volumes' alignment with sentences of their reports, where a batch holds any [choice].
+        lambda_texts (`float`, defaults to 0.0):
+            Weight of the reports' own alignment with these sentences, for a text tower that starts from scratch: from
+            volumes alone it learns what they show already, and forgets small findings before they are seen [choice].
         tma_loss (`"supcon"`, `"swav"` or `"barlow"`, defaults to `"supcon"`): clustering loss of the multi-view
             alignment: contrast between pairs, swapped assignments to prototypes, or decorrelation without negatives
             [choice].
@@ -331,6 +334,7 @@ class T3DConfig(PreTrainedConfig):
     lambda_tir: float | int = 0.0
     gca_views: Literal["volume", "local"] = "volume"
     lambda_sentences: float | int = 1.0
+    lambda_texts: float | int = 0.0
     tma_loss: Literal["supcon", "swav", "barlow"] = "supcon"
     tma_temperature: float | int = 0.2
     num_prototypes: int = 64

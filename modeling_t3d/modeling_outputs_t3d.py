@@ -146,6 +146,8 @@ class T3DForPreTrainingOutput(ModelOutput):
         loss_gca (`torch.FloatTensor` of shape `()`, *optional*): global alignment, mean over all ranks' pairs.
         loss_sentences (`torch.FloatTensor` of shape `()`, *optional*):
             Global alignment with sentences of the reports, mean over the sentences of a volume.
+        loss_texts (`torch.FloatTensor` of shape `()`, *optional*):
+            The same with the reports in the volumes' place.
         loss_tma (`torch.FloatTensor` of shape `()`, *optional*): multi-view alignment, mean over all ranks' views.
         loss_tir (`torch.FloatTensor` of shape `()`, *optional*):
             Restoration: squared error of restored views, mean over all voxels of all ranks' views.
@@ -169,6 +171,7 @@ class T3DForPreTrainingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     loss_gca: torch.Tensor | None = None
     loss_sentences: torch.Tensor | None = None
+    loss_texts: torch.Tensor | None = None
     loss_tma: torch.Tensor | None = None
     loss_tir: torch.Tensor | None = None
     loss_tir_corrupted: torch.Tensor | None = None

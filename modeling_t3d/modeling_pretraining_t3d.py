@@ -293,10 +293,11 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 f"{names[0]}={getattr(self.config, names[0])} needs local views: pass local_pixel_values or set "
                 f"{names[0]}=0"
             )
-        reads_sentences = return_loss and sentence_input_ids is not None and self.config.lambda_sentences > 0
+        has_sentences = return_loss and sentence_input_ids is not None
+        shows_sentences = has_sentences and self.config.lambda_sentences > 0
         features = T3DPairFeatures(study_ids=study_ids, report_ids=report_ids)
         maps = None
-        if not return_loss or self._reads_volumes or reads_sentences:
+        if not return_loss or self._reads_volumes or shows_sentences:
             if pixel_values is None:
                 raise ValueError("the volumes' embeddings need global views: pass pixel_values")
             vision_output = self.t3d.get_image_features(
@@ -331,7 +332,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
             )
             for name, value in report.items():
                 features[name] = value
-        if reads_sentences:
+        if shows_sentences or (has_sentences and self.config.lambda_texts > 0):
             sentences = self.encode_sentences(sentence_input_ids, sentence_attention_mask, sentence_token_type_ids)
             features["sentence_features"] = sentences.to(device)
             if sentence_ids is not None:
@@ -360,7 +361,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
                 output_logits=not (return_loss and self.training),
                 return_dict=True,
             )
-        loss_gca, loss_sentences = scored.loss, None
+        loss_gca, loss_sentences, loss_texts = scored.loss, None, None
         views: dict[str, Any] = {}
         restoration: dict[str, Any] = {}
         if return_loss and self.config.lambda_gca > 0 and self.config.gca_views == "local":
@@ -371,10 +372,14 @@ class T3DForPreTraining(T3DPreTrainedModel):
             losses = restoration_loss(features.restoration_errors, features.restoration_voxels, features.local_mask)
             restoration = dict(zip(("loss_tir", "loss_tir_corrupted"), losses, strict=True))
         if return_loss and features.sentence_features is not None:
-            loss_sentences = self.sentence_alignment_loss(features)
+            if self.config.lambda_sentences > 0:
+                loss_sentences = self.sentence_alignment_loss(features, features.image_features)
+            if self.config.lambda_texts > 0:
+                loss_texts = self.sentence_alignment_loss(features, features.text_features)
         terms = [
             (self.config.lambda_gca, loss_gca),
             (self.config.lambda_sentences, loss_sentences),
+            (self.config.lambda_texts, loss_texts),
             (self.config.lambda_tma, views.get("loss_tma")),
             (self.config.lambda_tir, restoration.get("loss_tir")),
         ]
@@ -388,6 +393,7 @@ class T3DForPreTraining(T3DPreTrainedModel):
             loss=torch.stack(weighted).sum() if weighted else None,
             loss_gca=loss_gca,
             loss_sentences=loss_sentences,
+            loss_texts=loss_texts,
             **views,
             **restoration,
             logits_per_image=scored.logits_per_image,
@@ -396,11 +402,15 @@ class T3DForPreTraining(T3DPreTrainedModel):
             text_embeds=scored.text_embeds,
         )
 
-    def sentence_alignment_loss(self, features: T3DPairFeatures) -> torch.Tensor:
-        """GCA once for each of the `sentences` texts that a volume comes with, then the mean."""
+    def sentence_alignment_loss(self, features: T3DPairFeatures, anchors: torch.Tensor) -> torch.Tensor:
+        """
+        GCA once for each of the `sentences` texts that a volume comes with, then the mean. The anchors are the
+        volumes, or their reports: from volumes alone, a text tower that starts from scratch learns what they show
+        already and forgets the rest, which they then cannot learn.
+        """
         losses = [
             self.t3d(
-                image_features=features.image_features,
+                image_features=anchors,
                 text_features=sentence,
                 return_loss=True,
                 study_ids=features.study_ids,

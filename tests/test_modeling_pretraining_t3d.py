@@ -279,16 +279,21 @@ def test_mean_text_pooling_is_the_mean_over_the_tokens_that_exist():
     torch.testing.assert_close(output.pooler_output, model.text_projection(torch.stack(means)))
 
 
-def test_sentences_are_aligned_one_by_one():
-    """The term is the mean of the global alignment's loss with each sentence in the report's place."""
-    model, batch = T3DForPreTraining(tiny_config(lambda_tma=0.0, lambda_sentences=0.25)).eval(), tiny_batch()
+def two_sentences() -> tuple[list[dict], dict[str, torch.Tensor], torch.Tensor]:
+    """Two texts for each volume of `tiny_batch`, by themselves and as the model takes them, and their ids."""
     texts = [tiny_batch(seed=seed) for seed in (1, 2)]
-    ids = torch.tensor([[1, 2], [3, 2], [1, 4]])
     sentences = {
         "sentence_input_ids": torch.stack([text["input_ids"] for text in texts], dim=1),
         "sentence_attention_mask": torch.stack([text["attention_mask"] for text in texts], dim=1),
         "sentence_token_type_ids": torch.zeros(3, 2, 8, dtype=torch.int64),
     }
+    return texts, sentences, torch.tensor([[1, 2], [3, 2], [1, 4]])
+
+
+def test_sentences_are_aligned_one_by_one():
+    """The term is the mean of the global alignment's loss with each sentence in the report's place."""
+    model, batch = T3DForPreTraining(tiny_config(lambda_tma=0.0, lambda_sentences=0.25)).eval(), tiny_batch()
+    texts, sentences, ids = two_sentences()
     output = model(**batch, **sentences, sentence_ids=ids)
     in_place = []
     for index, text in enumerate(texts):
@@ -299,6 +304,29 @@ def test_sentences_are_aligned_one_by_one():
     assert model(**batch).loss_sentences is None
     assert model(**batch, **sentences, return_loss=False).loss_sentences is None
     assert (model(**batch, **sentences).loss_sentences - output.loss_sentences).abs() > 1e-4, "the ids exclude"
+    assert output.loss_texts is None
+
+
+def test_reports_are_aligned_with_their_own_sentences():
+    """As the volumes are, with the reports' embeddings in the place of theirs, and without any of the volumes'."""
+    weights = {"lambda_gca": 0.0, "lambda_tma": 0.0, "lambda_sentences": 0.0, "lambda_texts": 0.5}
+    model, batch = T3DForPreTraining(tiny_config(**weights)).eval(), tiny_batch()
+    texts, sentences, ids = two_sentences()
+    output = model(**batch, **sentences, sentence_ids=ids, study_ids=torch.tensor([7, 8, 9]))
+    reports = model.t3d.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+    losses = []
+    for index, text in enumerate(texts):
+        sentence = model.t3d.get_text_features(text["input_ids"], text["attention_mask"]).pooler_output
+        cosines = torch.nn.functional.cosine_similarity(reports[:, None], sentence[None], dim=-1)
+        logits = cosines / model.config.gca_temperature
+        same = ids[:, index, None] == ids[None, :, index]
+        logits = logits.masked_fill(same & ~torch.eye(3, dtype=torch.bool), float("-inf"))
+        target = torch.arange(3)
+        losses += [torch.nn.functional.cross_entropy(one, target) for one in (logits, logits.T)]
+    torch.testing.assert_close(output.loss_texts, torch.stack(losses).mean())
+    torch.testing.assert_close(output.loss, 0.5 * output.loss_texts)
+    assert output.loss_sentences is None
+    assert output.image_embeds is None
 
 
 @pytest.mark.parametrize("num_pairs", [1, 5])

@@ -26,6 +26,7 @@ _OBJECTIVE_FIELDS = (
     "lambda_tma",
     "lambda_tir",
     "lambda_sentences",
+    "lambda_texts",
     "tma_loss",
     "tma_temperature",
     "tma_query",

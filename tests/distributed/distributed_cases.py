@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "attention over views": {"view_fusion": "attention"},
     "mean over views": {"view_fusion": "mean"},
     "mean over tokens, sentences weigh more": {"text_pooling": "mean", "lambda_sentences": 2.0},
+    "reports and their own sentences": {"lambda_texts": 0.5, "lambda_sentences": 0.0},
     "without multi-view alignment": {"lambda_tma": 0.0, "view_fusion": "attention"},
     "restoration": {"lambda_tir": 2.0, "tir_block_size": 4},
     "restoration and views that ask": {**PRESETS["v1"], "tir_block_size": 4},
