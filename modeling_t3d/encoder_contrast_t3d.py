@@ -78,7 +78,11 @@ class T3DContrastFilters(nn.Module):
         init.copy_(self.weight, self._dense_filters())
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, channels, d, h, w)` to `(batch, num_outputs, d // 2, h // 2, w // 2)`."""
+        """`(batch, channels, d, h, w)` to `(batch, num_outputs, ceil(d / 2), ceil(h / 2), ceil(w / 2))`."""
+        if odd := [axis for axis in (4, 3, 2) if pixel_values.shape[axis] % 2]:
+            # The last plane once more, which changes neither a maximum nor a mean of it.
+            pad = [number for axis in (4, 3, 2) for number in (0, int(axis in odd))]
+            pixel_values = nn.functional.pad(pixel_values, pad, mode="replicate")
         # Stacked in the last axis, which is the channels-last layout: on a CPU the convolution takes half the time.
         halved = torch.stack([*_halved(pixel_values, torch.maximum), *_halved(pixel_values, _mean)], dim=-1)
         return nn.functional.conv3d(halved.movedim(-1, 1), self.weight, padding=_FILTER_SIZE // 2)
@@ -89,8 +93,7 @@ def _halved(
 ) -> tuple[torch.Tensor, ...]:
     """Pairs of voxels combined axis by axis, per channel: pooling over 2^3, several times faster on a CPU."""
     for axis in (2, 3, 4):
-        size = volume.shape[axis] // 2 * 2
-        pairs = volume.narrow(axis, 0, size).unflatten(axis, (-1, 2))
+        pairs = volume.unflatten(axis, (-1, 2))
         volume = combine(pairs.select(axis + 1, 0), pairs.select(axis + 1, 1))
     return volume.unbind(1)
 

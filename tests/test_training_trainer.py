@@ -149,15 +149,17 @@ def test_weights_of_places_shrink_by_their_rate_and_stop_at_zero():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
 
 
-def test_places_are_a_group_of_their_own_only_where_they_shrink():
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_places_are_a_group_of_their_own(threshold):
+    """With and without a threshold, so that a run may go on with another one."""
     model = T3DModel(tiny_contrast_config())
-    plain = parameter_groups(model, T3DTrainingArguments("x"))
-    assert not any("soft_threshold" in group for group in plain)
-    shrinking = parameter_groups(model, T3DTrainingArguments("x", place_soft_threshold=0.2))
-    assert [len(group["params"]) for group in shrinking if "soft_threshold" in group] == [1]
-    num_parameters = len(list(model.parameters())) - 1  # the fixed temperature
-    assert sum(len(group["params"]) for group in plain) == num_parameters
-    assert sum(len(group["params"]) for group in shrinking) == num_parameters
+    groups = parameter_groups(model, T3DTrainingArguments("x", place_soft_threshold=threshold))
+    places = [group for group in groups if group["name"] == "places"]
+    assert [(len(group["params"]), group["soft_threshold"]) for group in places] == [(1, threshold)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - 1, "a fixed temperature"
+
+
+def test_a_threshold_without_places_is_refused():
     with pytest.raises(ConfigurationError, match=r"place_soft_threshold=0\.2 shrinks weights of single places"):
         parameter_groups(StubModel(StubConfig()), T3DTrainingArguments("x", place_soft_threshold=0.2))
 

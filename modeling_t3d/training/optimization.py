@@ -21,8 +21,7 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
     Trainable parameters by tower and by whether weight decay applies, in the model's order.
 
     Below `vision_model` and `text_model` the towers' rates hold, elsewhere the heads'. Vectors and scalars (biases,
-    norms, temperature), learnt positions and prototypes are not decayed. Weights of single places stand by themselves
-    where `args.place_soft_threshold` shrinks them.
+    norms, temperature), learnt positions and prototypes are not decayed. Weights of single places stand by themselves.
 
     Raises:
         ConfigurationError: nothing trains, or there are no weights of places to shrink.
@@ -38,7 +37,7 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        if args.place_soft_threshold and parts[-1] == _PLACES:
+        if parts[-1] == _PLACES:
             places.append(parameter)
             continue
         tower = "vision" if "vision_model" in parts else "text" if "text_model" in parts else "heads"
@@ -105,7 +104,7 @@ def shrink_place_weights(optimizer: torch.optim.Optimizer) -> None:
     not agree from step to step becomes and stays exactly 0.
     """
     for group in optimizer.param_groups:
-        if "soft_threshold" in group:
+        if group.get("soft_threshold"):
             for parameter in group["params"]:
                 size = (parameter.abs() - group["soft_threshold"] * group["lr"]).clamp(min=0)
                 parameter.copy_(parameter.sign() * size)
