@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs, maybe_autocast
 
 from .configuration_t3d import T3DVisionConfig
 from .encoder_blocks_t3d import (
@@ -256,7 +256,7 @@ class T3DLocalContrast(T3DEncoder):
                 f"{self.config.cell_size} voxels; choose larger views in the processor or a smaller cell_size"
             )
         responses = self.filters(pixel_values)
-        with torch.autocast(responses.device.type, enabled=False):  # on a CPU it would copy them to 32 bits first
+        with maybe_autocast(responses.device.type, enabled=False):  # on a CPU it would copy them to 32 bits first
             responses = nn.functional.max_pool3d(responses, self.config.cell_size // 2, ceil_mode=True)
         responses = binned(self.norm(responses), self.config.response_edges)
         if self.training and self.projection.gradient_checkpointing and not torch.compiler.is_compiling():

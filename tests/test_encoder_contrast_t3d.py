@@ -153,6 +153,12 @@ def test_what_is_fixed_is_saved_and_never_trained(tmp_path):
     torch.testing.assert_close(empty.encoder.filters.weight, model.encoder.filters.weight, rtol=0, atol=0)
 
 
+def test_shapes_are_told_without_memory():
+    with torch.device("meta"):
+        output = T3DVisionModel(small_config())(torch.empty(3, 2, 12, 18, 24))
+    assert output.last_hidden_state.shape == (3, 8, 2, 3, 4)
+
+
 def test_views_smaller_than_a_cell_are_refused():
     with pytest.raises(ValueError, match=r"views of \(4, 18, 24\) voxels .* smaller than one cell of 6"):
         build_encoder(small_config())(torch.zeros(1, 2, 4, 18, 24))

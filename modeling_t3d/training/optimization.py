@@ -30,40 +30,35 @@ def parameter_groups(model: nn.Module, args: T3DTrainingArguments) -> list[dict]
         "vision": args.vision_learning_rate,
         "text": args.text_learning_rate,
         "heads": args.head_learning_rate,
+        "places": args.vision_learning_rate,
     }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    places: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        if parts[-1] == _PLACES:
-            places.append(parameter)
-            continue
         tower = "vision" if "vision_model" in parts else "text" if "text_model" in parts else "heads"
+        tower = "places" if parts[-1] == _PLACES else tower
         is_decayed = parameter.ndim > 1 and not any(part.endswith(_NOT_DECAYED) for part in parts)
         groups.setdefault((tower, is_decayed), []).append(parameter)
-    if not groups and not places:
+    if not groups:
         raise ConfigurationError("the model has no trainable parameter; freeze less")
-    if args.place_soft_threshold and not places:
+    if args.place_soft_threshold and ("places", True) not in groups:
         raise ConfigurationError(
             f"training.place_soft_threshold={args.place_soft_threshold} shrinks weights of single places, of which "
             'the model trains none: set it to 0, or vision_config.encoder_type="local_contrast"'
         )
-    described = [
+    return [
         {
             "params": parameters,
             "name": tower if decayed else f"{tower}_no_decay",
             "lr": rates[tower],
             "peak_lr": rates[tower],
             "weight_decay": args.weight_decay if decayed else 0.0,
+            **({"soft_threshold": args.place_soft_threshold} if tower == "places" else {}),
         }
         for (tower, decayed), parameters in groups.items()
     ]
-    if places:
-        rate = {"lr": rates["vision"], "peak_lr": rates["vision"], "weight_decay": args.weight_decay}
-        described.append({"params": places, "name": "places", **rate, "soft_threshold": args.place_soft_threshold})
-    return described
 
 
 def learning_rate(peak: float, progress: float, *, minimum: float, warmup_ratio: float) -> float:
