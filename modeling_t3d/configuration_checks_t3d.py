@@ -87,15 +87,17 @@ def divides(divisor: int, *numbers: int) -> bool:
 
 
 def check_local_contrast(config: Any) -> None:
-    """The sizes, scales and bins of the encoder of that name."""
+    """The sizes, channels and bins of the encoder of that name."""
     if config.cell_size < 2 or config.cell_size % 2:
         raise ValueError(f"cell_size must be an even number of voxels, got {config.cell_size}")
-    scales = config.contrast_scales
-    if not scales or any(len(pair) != 2 or not 0 <= pair[0] < pair[1] for pair in scales):
-        raise ValueError(
-            "contrast_scales must be pairs of an inner and a larger outer standard deviation, in units of two voxels, "
-            f"got {scales}"
-        )
+    for name in ("bright_channels", "dark_channels"):
+        channels = getattr(config, name)
+        if channels is not None and (
+            len(set(channels)) < len(channels) or not set(channels) <= set(range(config.num_channels))
+        ):
+            raise ValueError(
+                f"{name} must be different numbers below num_channels={config.num_channels}, got {list(channels)}"
+            )
     edges = list(config.response_edges)
     if len(edges) < 2 or edges != sorted(set(edges)):
         raise ValueError(f"response_edges must be at least two ascending numbers, got {edges}")

@@ -69,12 +69,11 @@ class T3DVisionConfig(PreTrainedConfig):
         grid_size (`int` or triple, defaults to `(18, 12, 16)`):
             Local contrast: cells of the views whose places are learnt, `ceil(view size / cell_size)`; the global view
             of the configuration that comes with it is 104 x 72 x 96 [choice].
-        contrast_scales (`list` of pairs, defaults to `((0.0, 1.0), (0.6, 1.3), (1.0, 2.0))`):
-            Local contrast: standard deviations of the two Gaussians whose difference is a filter, in units of two
-            voxels [choice].
-        response_edges (`list[float]`, defaults to `(-0.5, 0.7, 1.7, 2.5, 3.0)`):
-            Local contrast: bins of a filter's largest response in a cell, in standard deviations from its mean; about
-            the quantiles 0.5, 0.8, 0.93, 0.98 and 0.995 in phantoms [choice].
+        bright_channels, dark_channels (`list[int]`, *optional*, all channels by default):
+            Local contrast: in which intensity windows to look for bright and for dark spots; for dark ones a window
+            whose lower end is just below the tissue around them serves best, [-20, 140] HU for cysts [choice].
+        response_edges (`list[float]`, defaults to `(-1.0, 0.3, 1.2, 2.5, 5.0)`):
+            Local contrast: bins of the largest response in a cell, in standard deviations from its mean [choice].
         encoder_options (`dict`, *optional*): settings of an encoder that you registered.
         provenance (`dict`, *optional*): where the weights come from: source file and its hash, licence.
         classifier_dropout (`float`, defaults to 0.3): before the linear layer of [`T3DForImageClassification`].
@@ -122,8 +121,9 @@ class T3DVisionConfig(PreTrainedConfig):
     feature_layers: list[int] | tuple[int, ...] | None = None
     cell_size: int = 6
     grid_size: int | list[int] | tuple[int, ...] = (18, 12, 16)
-    contrast_scales: list | tuple = ((0.0, 1.0), (0.6, 1.3), (1.0, 2.0))
-    response_edges: list[float | int] | tuple[float | int, ...] = (-0.5, 0.7, 1.7, 2.5, 3.0)
+    bright_channels: list[int] | tuple[int, ...] | None = None
+    dark_channels: list[int] | tuple[int, ...] | None = None
+    response_edges: list[float | int] | tuple[float | int, ...] = (-1.0, 0.3, 1.2, 2.5, 5.0)
     encoder_options: dict | None = None
     classifier_dropout: float | int = 0.3
     provenance: dict | None = None

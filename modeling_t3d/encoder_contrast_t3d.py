@@ -1,105 +1,174 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""Fixed filters that respond to small bright or dark spots, and what becomes of the responses, cell by cell."""
+"""What an encoder of local contrast sees: bright and dark spots, told apart from edges and tubes, cell by cell."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod, sqrt
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
 from .encoder_blocks_t3d import T3DEncoderBlock
 
-# Of the half-resolution voxels that the filters see: as wide as the cells' margin allows at little cost.
-_FILTER_SIZE = 5
-_SMOOTHING = 0.8
+# To the neighbours of a voxel, of which one of each opposite pair: 3 along axes, 6 across faces, 4 across corners.
+_LINES = tuple(step for step in product((-1, 0, 1), repeat=3) if step > (0, 0, 0))
+# Voxels of a line [choice, by fits on labels of training phantoms]: lines are longer than the spots they tell apart.
+_COARSE_LINE, _BRIGHT_LINE, _DARK_LINE = 3, 5, 7
+_HIGHEST = 255
+_Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def contrast_filters(scales: Sequence[Sequence[float]]) -> torch.Tensor:
+def spots(volumes: torch.Tensor, length: int) -> torch.Tensor:
     r"""
-    Differences of Gaussians of both signs, and one Gaussian.
+    How much brighter a voxel is than its surroundings in every direction: the volume less its largest opening by a
+    line of so many voxels, over the 13 directions of a voxel's neighbours. An edge, a plate or a tube holds a line and
+    gives 0, where a difference of Gaussians answers to all of them; what is smaller than the lines remains.
 
     Args:
-        scales (`Sequence` of pairs): standard deviations of the inner and the outer Gaussian, in voxels; 0 is the
-            voxel itself.
+        volumes (`torch.Tensor` of shape `(..., depth, height, width)`): of any number type; beyond its border a
+            volume goes on as it ends.
+        length (`int`): of the lines in voxels, odd.
 
     Returns:
-        `torch.Tensor` of shape `(2 * len(scales) + 1, 1, 5, 5, 5)`; the absolute values of each filter sum to 1.
+        `torch.Tensor` like `volumes`, at least 0.
 
     Example:
 
     ```python
-    >>> from modeling_t3d.encoder_contrast_t3d import contrast_filters
+    >>> import torch
+    >>> from modeling_t3d.encoder_contrast_t3d import spots
 
-    >>> filters = contrast_filters([(0.0, 1.0)])
-    >>> tuple(filters.shape), [round(total, 4) + 0.0 for total in filters.sum(dim=(1, 2, 3, 4)).tolist()]
-    ((3, 1, 5, 5, 5), [0.0, 0.0, 1.0])
+    >>> volume = torch.zeros(9, 9, 9, dtype=torch.uint8)
+    >>> volume[:, 2, 2], volume[6, 6, 6] = 100, 80  # a vessel, and a nodule beside it
+    >>> spots(volume, 3).nonzero().tolist(), spots(volume, 3).max().item()
+    ([[6, 6, 6]], 80)
 
     ```"""
-    filters = []
-    for inner, outer in scales:
-        difference = _gaussian(inner) - _gaussian(outer)
-        difference /= difference.abs().sum()
-        filters += [difference, -difference]
-    return torch.stack([*filters, _gaussian(_SMOOTHING)])[:, None].to(torch.get_default_dtype())
+    margin = length - 1
+    padded = _continued(volumes, margin, margin)
+    height, width = padded.shape[-2:]
+    flat = padded.flatten(-3)
+    opened = torch.zeros_like(flat)
+    for z, y, x in _LINES:
+        step = (z * height + y) * width + x
+        # Where a row of the flat volume ends the next begins, but the margin keeps what mixes out of the result.
+        eroded = _along(flat, step, length, torch.minimum)
+        opening = _along(eroded, step, length, torch.maximum)
+        lines = opened.narrow(-1, margin * step, opening.shape[-1])
+        torch.maximum(lines, opening, out=lines)
+    inside = tuple(slice(margin, margin + side) for side in volumes.shape[-3:])
+    return volumes - opened.view(padded.shape)[(..., *inside)]
 
 
-def _gaussian(deviation: float) -> torch.Tensor:
-    offsets = torch.arange(_FILTER_SIZE, dtype=torch.float64) - _FILTER_SIZE // 2
-    axis = (-(offsets**2) / (2 * deviation**2)).exp() if deviation else (offsets == 0).to(offsets.dtype)
-    axis /= axis.sum()
-    return axis[:, None, None] * axis[:, None] * axis
+def _along(flat: torch.Tensor, step: int, length: int, combine: _Combine) -> torch.Tensor:
+    """Each entry combined with the `length - 1` that follow it, `step` apart: doubled as far as that goes."""
+    reach = 1
+    while reach < length:
+        further = min(reach, length - reach)
+        size = flat.shape[-1] - further * step
+        flat = combine(flat.narrow(-1, 0, size), flat.narrow(-1, further * step, size))
+        reach += further
+    return flat
 
 
-class T3DContrastFilters(nn.Module):
-    """
-    Fixed filters on volumes of half the resolution: each channel's maximum and mean over 2^3 voxels, each through
-    every filter of [`contrast_filters`]. The maximum keeps what a mean would thin out: a stone of one voxel.
-
-    The weights are a buffer: nothing here learns, and no gradient is kept for it.
-    """
-
-    def __init__(self, num_channels: int, scales: Sequence[Sequence[float]]):
-        super().__init__()
-        self.scales = [tuple(pair) for pair in scales]
-        self.num_inputs = 2 * num_channels
-        self.num_outputs = self.num_inputs * (2 * len(self.scales) + 1)
-        self.register_buffer("weight", self._dense_filters())
-
-    def _dense_filters(self) -> torch.Tensor:
-        # Zeros for the other channels: on a CPU faster than groups, and than channels folded into the batch.
-        own_channel = torch.eye(self.num_inputs)[:, None, :, None, None, None]
-        return (own_channel * contrast_filters(self.scales)).flatten(0, 1)
-
-    def initialize_parameters(self) -> None:
-        """Fill the buffer of a model that was made without memory."""
-        init.copy_(self.weight, self._dense_filters())
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, channels, d, h, w)` to `(batch, num_outputs, ceil(d / 2), ceil(h / 2), ceil(w / 2))`."""
-        if odd := [axis for axis in (4, 3, 2) if pixel_values.shape[axis] % 2]:
-            # The last plane once more, which changes neither a maximum nor a mean of it.
-            pad = [number for axis in (4, 3, 2) for number in (0, int(axis in odd))]
-            pixel_values = nn.functional.pad(pixel_values, pad, mode="replicate")
-        # Stacked in the last axis, which is the channels-last layout: on a CPU the convolution takes half the time.
-        halved = torch.stack([*_halved(pixel_values, torch.maximum), *_halved(pixel_values, _mean)], dim=-1)
-        return nn.functional.conv3d(halved.movedim(-1, 1), self.weight, padding=_FILTER_SIZE // 2)
+def _continued(volumes: torch.Tensor, before: int, after: int | Sequence[int]) -> torch.Tensor:
+    """Replicated at the borders, which torch's padding does for floating point alone."""
+    afters = (after,) * 3 if isinstance(after, int) else after
+    for axis, end in zip((-1, -2, -3), reversed(afters), strict=True):
+        size = volumes.shape[axis]
+        first, last = volumes.narrow(axis, 0, 1), volumes.narrow(axis, size - 1, 1)
+        volumes = torch.cat([first] * before + [volumes] + [last] * end, dim=axis)
+    return volumes
 
 
-def _halved(
-    volume: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """Pairs of voxels combined axis by axis, per channel: pooling over 2^3, sooner on a CPU than torch's pools."""
-    for axis in (2, 3, 4):
-        pairs = volume.unflatten(axis, (-1, 2))
-        volume = combine(pairs.select(axis + 1, 0), pairs.select(axis + 1, 1))
-    return volume.unbind(1)
+def _pooled(volumes: torch.Tensor, size: int, combine: _Combine) -> torch.Tensor:
+    """Blocks of `size`^3 voxels, which fit, each combined into one; on a CPU sooner than torch's pools."""
+    for axis in (-3, -2, -1):
+        slices = volumes.unflatten(axis, (-1, size)).unbind(axis)
+        volumes = slices[0]
+        for further in slices[1:]:
+            volumes = combine(volumes, further)
+    return volumes
 
 
-def _mean(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(one, other, 0.5)
+def _smoothed(volumes: torch.Tensor) -> torch.Tensor:
+    """The binomial filter (1, 2, 1) / 4 along each axis: neighbours added twice, in whole numbers."""
+    sums = _continued(volumes, 1, 1).to(torch.int16)
+    for axis in (-1, -2, -3):
+        for _ in range(2):
+            size = sums.shape[axis] - 1
+            sums = sums.narrow(axis, 0, size) + sums.narrow(axis, 1, size)
+    return sums.bitwise_right_shift_(6).to(volumes.dtype)
+
+
+def num_responses(num_channels: int, bright_channels: Sequence[int], dark_channels: Sequence[int]) -> int:
+    """Responses of a cell: of three kinds of bright spots, one of dark ones, and the ends of each intensity."""
+    return 3 * len(bright_channels) + len(dark_channels) + 2 * num_channels
+
+
+def _volume_responses(
+    pixel_values: torch.Tensor, bright: Sequence[int], dark: Sequence[int], cell_size: int
+) -> torch.Tensor:
+    """One volume of shape `(channels, depth, height, width)`."""
+    levels = pixel_values.clamp(-1, 1).add_(1).mul_(_HIGHEST / 2).add_(0.5).to(torch.uint8)
+    levels = _continued(levels, 0, [-side % cell_size for side in levels.shape[1:]])
+    lit, shaded = levels[list(bright)], levels[list(dark)]
+    # The window's lower end is another tissue (fat or air in a window of soft tissue), which is no dark spot.
+    shaded = _HIGHEST - torch.where(shaded == 0, (_HIGHEST + 1) // 2, shaded)
+    full = [spots(lit, _BRIGHT_LINE), spots(_smoothed(lit), _BRIGHT_LINE), spots(_smoothed(shaded), _DARK_LINE)]
+    mean = (_pooled(levels.to(torch.int16), 2, torch.add) >> 3).to(torch.uint8)
+    # The largest of 2^3 voxels keeps what a mean would thin out: a stone of one voxel.
+    half = [spots(_pooled(lit, 2, torch.maximum), _COARSE_LINE), mean, _HIGHEST - mean]
+    parts = [
+        _pooled(torch.cat(maps), size, torch.maximum) for maps, size in ((full, cell_size), (half, cell_size // 2))
+    ]
+    return torch.cat(parts)
+
+
+@torch.library.custom_op("modeling_t3d::contrast_responses", mutates_args=())
+def contrast_responses(
+    pixel_values: torch.Tensor, bright_channels: Sequence[int], dark_channels: Sequence[int], cell_size: int
+) -> torch.Tensor:
+    r"""
+    The largest response of each kind in each cell: of the bright channels, spots of the voxels, of the smoothed voxels
+    and of the largest of 2^3 voxels; of the dark channels, dark spots of the smoothed voxels; of all channels, the
+    highest and the lowest mean of 2^3 voxels. In 8 bits, in which a CPU looks at four times as many voxels at once;
+    one operator, so that `torch.compile` need not look inside. No gradient reaches the voxels.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch, channels, depth, height, width)`):
+            From -1 to 1, the ends of a window; what lies beyond counts as the end.
+        bright_channels, dark_channels (`Sequence[int]`): in which to look for such spots.
+        cell_size (`int`): edge of a cell in voxels, even; a last cell that is cut goes on as the volume ends.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, num_responses, ceil(depth / cell_size), ...)`: `uint8`, of 255 per window.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_t3d.encoder_contrast_t3d import contrast_responses
+
+    >>> contrast_responses(torch.zeros(1, 1, 12, 12, 14), [0], [0], 6).shape
+    torch.Size([1, 6, 2, 2, 3])
+
+    ```"""
+    # One volume at a time, whose maps fit a CPU's caches.
+    return torch.stack(
+        [_volume_responses(volume, bright_channels, dark_channels, cell_size) for volume in pixel_values]
+    )
+
+
+@contrast_responses.register_fake
+def _(
+    pixel_values: torch.Tensor, bright_channels: Sequence[int], dark_channels: Sequence[int], cell_size: int
+) -> torch.Tensor:
+    batch, channels, *sides = pixel_values.shape
+    count = num_responses(channels, bright_channels, dark_channels)
+    cells = [-(-side // cell_size) for side in sides]
+    return pixel_values.new_empty((batch, count, *cells), dtype=torch.uint8)
 
 
 def binned(responses: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils.generic import TransformersKwargs, maybe_autocast
+from transformers.utils.generic import TransformersKwargs
 
 from .configuration_t3d import T3DVisionConfig
 from .encoder_blocks_t3d import (
@@ -30,7 +30,7 @@ from .encoder_blocks_t3d import (
     norm_layer,
     sincos_positions,
 )
-from .encoder_contrast_t3d import T3DContrastFilters, T3DPlaceProjection, binned
+from .encoder_contrast_t3d import T3DPlaceProjection, binned, contrast_responses, num_responses
 
 # Before torch 2.10 they did update them again. There, blocks beside batch norms keep their activations when compiled.
 _COMPILED_GRAPHS_COUNT_TWICE = torch.__version__ < "2.10"
@@ -220,45 +220,45 @@ class T3DViT(T3DEncoder):
 
 class T3DLocalContrast(T3DEncoder):
     """
-    Small bright and dark spots, asked for by fixed filters, and their places in the body. Our own, for little compute:
-    in phantoms an hour on two CPU cores found some of the focal lesions with it.
+    Small bright and dark spots and their places in the body. Our own, for little compute: an hour on two CPU cores
+    learns focal lesions of phantoms with it.
 
-    Per cell of the grid the largest response of each filter, batch-normalised and told in bins; then one linear layer
-    per cell, which is sparse where training asks for it (`place_soft_threshold`).
+    Per cell of the grid the largest responses of fixed operations ([`contrast_responses`]), batch-normalised and told
+    in bins; then one linear layer per cell, which is sparse where training asks for it (`place_soft_threshold`).
     """
 
     def __init__(self, config: T3DVisionConfig):
         super().__init__(config)
-        self.filters = T3DContrastFilters(config.num_channels, config.contrast_scales)
-        num_responses = self.filters.num_outputs
-        self.norm = nn.BatchNorm3d(num_responses, eps=config.norm_eps, affine=False)
-        num_binned = num_responses * (len(config.response_edges) - 1)
+        every_channel = list(range(config.num_channels))
+        self.bright_channels = every_channel if config.bright_channels is None else list(config.bright_channels)
+        self.dark_channels = every_channel if config.dark_channels is None else list(config.dark_channels)
+        count = num_responses(config.num_channels, self.bright_channels, self.dark_channels)
+        self.norm = nn.BatchNorm3d(count, eps=config.norm_eps, affine=False)
+        num_binned = count * (len(config.response_edges) - 1)
         self.projection = T3DPlaceProjection(num_binned, self.hidden_size, config.grid_size)
         self.feature_channels = [num_binned, self.hidden_size]
-        cell_size = config.cell_size
-        self.feature_strides = [(cell_size, cell_size, cell_size)] * 2
+        self.feature_strides = [(config.cell_size,) * 3] * 2
 
     def get_input_embeddings(self) -> nn.Module:
-        """The filters."""
-        return self.filters
+        """The first layer that learns, the one that all cells share."""
+        return self.projection.shared
 
     def initialize_parameters(self) -> None:
-        """The filters, and a normal distribution for what is learnt of places."""
-        self.filters.initialize_parameters()
+        """A normal distribution for what is learnt of places."""
         init.normal_(self.projection.place_weight, mean=0.0, std=self.config.initializer_range)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> T3DEncoderOutput:
         """Encode views of shape `(batch, num_channels, depth, height, width)`, of any size of at least a cell."""
-        pixel_values = self.prepare_input(pixel_values)
-        if min(pixel_values.shape[2:]) < self.config.cell_size:
+        dtype = self.prepare_input(pixel_values).dtype
+        cell_size = self.config.cell_size
+        if min(pixel_values.shape[2:]) < cell_size:
             raise ValueError(
                 f"views of {tuple(pixel_values.shape[2:])} voxels (z, y, x) are smaller than one cell of "
-                f"{self.config.cell_size} voxels; choose larger views in the processor or a smaller cell_size"
+                f"{cell_size} voxels; choose larger views in the processor or a smaller cell_size"
             )
-        responses = self.filters(pixel_values)
-        with maybe_autocast(responses.device.type, enabled=False):  # on a CPU it would copy them to 32 bits first
-            responses = nn.functional.max_pool3d(responses, self.config.cell_size // 2, ceil_mode=True)
-        responses = binned(self.norm(responses), self.config.response_edges)
+        # Of the values as given: rounded to the weights' precision they would have noise of their own.
+        levels = contrast_responses(pixel_values.detach(), self.bright_channels, self.dark_channels, cell_size)
+        responses = binned(self.norm(levels.to(dtype)), self.config.response_edges)
         if self.training and self.projection.gradient_checkpointing and not torch.compiler.is_compiling():
             # Re-entrant checkpoints pass gradients on to weights only where an input takes some.
             responses.requires_grad_()

@@ -1,21 +1,27 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""The encoder of local contrast against SciPy's filters and plain loops, and what it sees and does not see."""
+"""The encoder of local contrast against SciPy's morphology and plain loops, and what it sees and does not see."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import correlate, gaussian_filter
+from scipy.ndimage import convolve1d, grey_opening
 from torch import nn
 
 from modeling_t3d.configuration_t3d import T3DVisionConfig
-from modeling_t3d.encoder_contrast_t3d import T3DContrastFilters, T3DPlaceProjection, binned, contrast_filters
+from modeling_t3d.encoder_contrast_t3d import (
+    T3DPlaceProjection,
+    binned,
+    contrast_responses,
+    num_responses,
+    spots,
+)
 from modeling_t3d.encoders_t3d import build_encoder
 from modeling_t3d.modeling_t3d import T3DVisionModel
 
-SCALES = [(0.0, 1.0), (0.6, 1.3)]
+DIRECTIONS = [step for step in itertools.product((-1, 0, 1), repeat=3) if step > (0, 0, 0)]
 
 
 def small_config(**overrides):
@@ -23,50 +29,113 @@ def small_config(**overrides):
     return T3DVisionConfig(**{**settings, **overrides})
 
 
-# --- the filters
+def whole_numbers(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
 
 
-def test_filters_are_differences_of_gaussians_of_both_signs():
-    filters = contrast_filters(SCALES)[:, 0].double()
-    impulse = np.zeros((5, 5, 5))
-    impulse[2, 2, 2] = 1.0
-    for index, (inner, outer) in enumerate(SCALES):
-        # SciPy's Gaussians of so many voxels either way, which sum to 1 like ours.
-        inside = gaussian_filter(impulse, inner, radius=2, mode="constant") if inner else impulse
-        expected = inside - gaussian_filter(impulse, outer, radius=2, mode="constant")
-        expected /= np.abs(expected).sum()
-        np.testing.assert_allclose(filters[2 * index], expected, atol=1e-7)
-        torch.testing.assert_close(filters[2 * index + 1], -filters[2 * index])
-    torch.testing.assert_close(filters.abs().sum(dim=(1, 2, 3)), torch.ones(5).double(), rtol=0, atol=1e-6)
+def spots_of_scipy(volume, length):
+    """The white top-hat: a volume less the largest of its openings by 13 lines."""
+    padded = np.pad(volume, length, mode="edge")
+    openings = []
+    for step in DIRECTIONS:
+        line = np.zeros((length,) * 3, bool)
+        for number in range(length):
+            line[tuple(length // 2 + (number - length // 2) * np.array(step))] = True
+        openings.append(grey_opening(padded, footprint=line))
+    inside = (slice(length, -length),) * 3
+    return volume - np.max(openings, axis=0)[inside]
 
 
-def test_a_constant_volume_has_no_contrast():
-    filters = contrast_filters(SCALES)
-    responses = nn.functional.conv3d(torch.full((1, 1, 5, 5, 5), 7.0), filters)
-    assert responses[0, :-1].abs().max() < 1e-5
-    torch.testing.assert_close(responses[0, -1], torch.full((1, 1, 1), 7.0))
+# --- spots
 
 
-@pytest.mark.parametrize("shape", [(8, 10, 12), (9, 10, 13)])
-def test_responses_equal_those_of_scipy_on_halved_volumes(shape):
-    pixel_values = torch.randn(2, 2, *shape, dtype=torch.float64)
-    bank = T3DContrastFilters(2, SCALES).double()
-    responses = bank(pixel_values)
-    halved = [
-        reduce(pixel_values[:, channel])
-        for reduce in (
-            lambda x: nn.functional.max_pool3d(x, 2, ceil_mode=True),
-            lambda x: nn.functional.avg_pool3d(x, 2, ceil_mode=True, count_include_pad=False),
-        )
-        for channel in (0, 1)
+@pytest.mark.parametrize("length", [3, 5, 7])
+def test_spots_equal_the_top_hat_of_scipy_by_lines(length):
+    volume = whole_numbers(8, 9, 11)
+    np.testing.assert_array_equal(spots(torch.from_numpy(volume), length), spots_of_scipy(volume, length))
+
+
+def test_spots_of_floating_point_volumes_and_batches_are_the_same():
+    volumes = whole_numbers(2, 3, 6, 7, 8)
+    found = spots(torch.from_numpy(volumes), 5)
+    np.testing.assert_array_equal(spots(torch.from_numpy(volumes).double(), 5), found.double())
+    np.testing.assert_array_equal(spots(torch.from_numpy(volumes[1, 2]), 5), found[1, 2])
+
+
+def test_edges_plates_and_tubes_are_no_spots():
+    volume = torch.zeros(20, 20, 20, dtype=torch.uint8)
+    volume[:4] = 200  # an organ's edge
+    volume[8] = 200  # a plate of one voxel
+    along = torch.arange(20)
+    volume[12:14, 4] = 200  # a vessel along an axis
+    volume[along[11:], along[11:], 15] = 200  # and one at an angle
+    assert spots(volume, 5).max() == 0
+    volume[18, 3:5, 3:6] = 90
+    assert spots(volume, 5).nonzero().tolist() == [[18, y, x] for y in (3, 4) for x in (3, 4, 5)]
+
+
+# --- responses
+
+
+@pytest.mark.parametrize("shape", [(12, 12, 12), (7, 9, 14)])
+def test_responses_equal_those_of_scipy_cell_by_cell(shape):
+    levels = whole_numbers(1, 3, *shape, seed=1)
+    levels[:, :, :3] = 0
+    cells = tuple(-(-side // 4) for side in shape)
+    padded = [(0, 4 * count - side) for count, side in zip(cells, shape, strict=True)]
+    whole = np.pad(levels[0], [(0, 0), *padded], mode="edge")
+
+    def smoothed(volume):
+        sums = volume.astype(np.int64)
+        for axis in range(3):
+            sums = convolve1d(sums, [1, 2, 1], axis=axis, mode="nearest")
+        return (sums // 64).astype(np.uint8)
+
+    def blocks(volume, size):
+        sides = [number for side in volume.shape for number in (side // size, size)]
+        return volume.reshape(sides).transpose(0, 2, 4, 1, 3, 5).reshape(*(side // size for side in volume.shape), -1)
+
+    bright, shaded = whole[:2], 255 - np.where(whole[2] == 0, 128, whole[2])
+    mean = blocks(whole.reshape(-1, *whole.shape[2:]).astype(np.int64), 2).sum(-1) // 8
+    mean = mean.reshape(3, *(side // 2 for side in whole.shape[1:])).astype(np.uint8)
+    maps = [
+        *((spots_of_scipy(volume, 5), 4) for volume in bright),
+        *((spots_of_scipy(smoothed(volume), 5), 4) for volume in bright),
+        (spots_of_scipy(smoothed(shaded.astype(np.uint8)), 7), 4),
+        *((spots_of_scipy(blocks(volume, 2).max(-1), 3), 2) for volume in bright),
+        *((volume, 2) for volume in mean),
+        *((255 - volume, 2) for volume in mean),
     ]
-    filters = contrast_filters(SCALES)[:, 0].double().numpy()
-    assert responses.shape[1] == bank.num_outputs == len(halved) * len(filters)
-    for (channel, volume), (index, kernel) in itertools.product(enumerate(halved), enumerate(filters)):
-        for sample in range(2):
-            expected = correlate(volume[sample].numpy(), kernel, mode="constant")
-            result = responses[sample, channel * len(filters) + index]
-            np.testing.assert_allclose(result.numpy(), expected, atol=1e-12)
+    expected = np.stack([blocks(volume, size).max(-1) for volume, size in maps])
+    pixel_values = torch.from_numpy(levels).double() / 127.5 - 1
+    responses = contrast_responses(pixel_values, [0, 1], [2], 4)
+    assert responses.shape[1] == num_responses(3, [0, 1], [2])
+    np.testing.assert_array_equal(responses[0], expected)
+
+
+def test_responses_of_a_volume_do_not_depend_on_its_batch_or_precision():
+    pixel_values = torch.from_numpy(whole_numbers(3, 2, 8, 9, 10)).float() / 127.5 - 1
+    together = contrast_responses(pixel_values, [0, 1], [1], 2)
+    assert torch.equal(contrast_responses(pixel_values[1:2].double(), [0, 1], [1], 2), together[1:2])
+
+
+def test_values_beyond_the_window_count_as_its_ends():
+    pixel_values = 3 * torch.rand(1, 1, 8, 8, 8) - 1.5
+    expected = contrast_responses(pixel_values.clamp(-1, 1), [0], [0], 4)
+    assert torch.equal(contrast_responses(pixel_values, [0], [0], 4), expected)
+
+
+def test_what_lies_below_the_window_is_no_dark_spot():
+    liver = torch.full((1, 1, 12, 12, 12), 0.1)
+    cyst, fat = liver.clone(), liver.clone()
+    cyst[..., 5:7, 5:7, 5:7], fat[..., 5:7, 5:7, 5:7] = -0.7, -1.0
+    dark = [contrast_responses(volume, [], [0], 12)[0, 0].item() for volume in (liver, cyst, fat)]
+    assert dark[0] == 0
+    assert dark[1] > 20 > 10 > dark[2]
+
+
+def test_the_operator_is_what_it_tells_the_compiler():
+    torch.library.opcheck(contrast_responses, (torch.rand(2, 2, 7, 8, 9), [0, 1], [1], 4))
 
 
 # --- the bins
@@ -131,26 +200,14 @@ def test_a_spot_answers_in_its_own_cell_alone():
     assert change[1, 1, 2] > 3 * change.flatten().topk(2).values[1]
 
 
-def test_a_bright_voxel_is_not_averaged_away():
-    bank = T3DContrastFilters(1, [(0.0, 1.0)])
-    stone = torch.zeros(1, 1, 12, 12, 12)
-    stone[0, 0, 5, 5, 5] = 1.0
-    responses = bank(stone).amax(dim=(0, 2, 3, 4)).view(2, 3)
-    torch.testing.assert_close(responses[0, 0], 8 * responses[1, 0])
-
-
-def test_what_is_fixed_is_saved_and_never_trained(tmp_path):
+def test_every_parameter_learns_and_the_statistics_are_saved(tmp_path):
     model = T3DVisionModel(small_config()).train()
-    model(torch.randn(2, 2, 12, 18, 24)).pooler_output.sum().backward()
+    model(torch.rand(2, 2, 12, 18, 24)).pooler_output.sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert "encoder.filters.weight" not in dict(model.named_parameters())
     model.save_pretrained(tmp_path)
     loaded = T3DVisionModel.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
-    with torch.device("meta"):
-        empty = T3DVisionModel(small_config())
-    empty.to_empty(device="cpu").init_weights()
-    torch.testing.assert_close(empty.encoder.filters.weight, model.encoder.filters.weight, rtol=0, atol=0)
+    assert model.encoder.norm.running_mean.abs().min() > 0
 
 
 def test_shapes_are_told_without_memory():
