@@ -156,7 +156,8 @@ def main(command_line: list[str] | None = None) -> int:
     failures = []
     if pending and not arguments.table_only:
         torch.set_num_threads(arguments.num_threads)
-        prepare_phantoms(shared, settings["counts"], arguments.resolution, arguments.num_threads)
+        waiting = [arm for arm, _ in pending]
+        prepare_phantoms(shared, waiting, settings["counts"], arguments.resolution, arguments.num_threads)
         for arm, seed in pending:
             path = result_path(arguments.results, arm, seed)
             if path.is_file():  # the baseline without a seed

@@ -158,15 +158,20 @@ def load_splits(
 
 
 def prepare_phantoms(
-    settings: PretrainingConfiguration, counts: Mapping[str, int], resolution: float, num_threads: int
+    settings: PretrainingConfiguration,
+    arms: Sequence[Arm],
+    counts: Mapping[str, int],
+    resolution: float,
+    num_threads: int,
 ) -> None:
-    """Write the phantoms and captions of their lesions, and prepare all volumes, once for all arms."""
+    """Write the phantoms, captions of their lesions where an arm reads some, and prepare all volumes, once for all."""
     seeds = [seed for split in SPLITS for seed in phantom_seeds(split, counts[split])]
     workers = max(1, min(num_threads, settings.data.num_preparation_workers))
     folder = Path(settings.data.manifest).parent
     manifest = write_phantoms(folder, seeds, workers, compress=False, masks=True, resolution=resolution)
-    captioner = MaskCaptioner(read_label_names(LABEL_NAMES), described=["lesions"])
-    write_captions(manifest, folder / CAPTIONS, captioner, overwrite=True)
+    if any(CAPTIONS in override for arm in arms for override in arm.overrides):
+        captioner = MaskCaptioner(read_label_names(LABEL_NAMES), described=["lesions"])
+        write_captions(manifest, folder / CAPTIONS, captioner, overwrite=True)
     for part in load_splits(settings, T3DImageProcessor(**settings.image_processor)).values():
         part.prepare_all(workers if workers > 1 else 0)
 

@@ -199,8 +199,13 @@ def test_arms_whose_steps_cost_less_take_more_of_them(scripts, tmp_path):
     }
     overrides = [f"{name}={value}" for name, value in changes.items()]
     settings = load_configuration(config, overrides)
-    ablation_arms.prepare_phantoms(settings, {"train": 8, "validation": 4, "test": 4}, 8.0, 1)
     by_name = {arm.name: arm for arm in ablation_arms.make_arms(settings)}
+    counts = {"train": 8, "validation": 4, "test": 4}
+    ablation_arms.prepare_phantoms(settings, [by_name["default"]], counts, 8.0, 1)
+    captions = tmp_path / "phantoms" / "captions.csv"
+    assert not captions.exists(), "no arm read them"
+    ablation_arms.prepare_phantoms(settings, [by_name["gtgm"]], counts, 8.0, 1)
+    assert captions.is_file()
     names = ("default", "gca-alone", "tma-negatives-own-query", "supervised-ceiling", "gtgm")
     steps = {
         name: ablation_compute.steps_of_equal_compute(by_name[name], by_name["default"], 1000, config, overrides)
