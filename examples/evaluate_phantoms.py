@@ -38,6 +38,7 @@ def load_splits(
     splits = {
         name: PretrainingDataset(manifest.split(name)[:count], processor.image_processor, cache)
         for name, count in counts.items()
+        if count != 0
     }
     for part in splits.values():
         part.prepare_all(num_workers)
@@ -86,7 +87,7 @@ def main() -> None:
         processor,
         splits["test"],
         EVALUATION_PROMPTS,
-        train=splits["train"] if arguments.num_probe else None,
+        train=splits.get("train"),
         validation=splits["validation"],
         collator=PretrainingCollator(processor),
         batch_size=32,

@@ -395,7 +395,12 @@ class T3DConfig(PreTrainedConfig):
         if self.tma_negative_pairs is not None and self.tma_negative_pairs < 1:
             raise ValueError(f"tma_negative_pairs must be at least 1 or None, got {self.tma_negative_pairs}")
         check_terms(self)
-        depth = self.text_config.num_hidden_layers
+        depth = getattr(self.text_config, "num_hidden_layers", None)
+        if depth is None:
+            raise ValueError(
+                f"text_config of type {self.text_config.model_type!r} has no num_hidden_layers: give that of a text "
+                "encoder; of a model of several towers, that of its text tower"
+            )
         if not 0 <= self.num_frozen_text_layers <= depth:
             raise ValueError(
                 f"num_frozen_text_layers={self.num_frozen_text_layers}, but the text tower has {depth} layers"

@@ -3,6 +3,7 @@
 """What an encoder of local contrast sees: bright and dark spots, told apart from edges and tubes, cell by cell."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise, product
 from math import prod, sqrt
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .encoder_blocks_t3d import T3DEncoderBlock
+from .threads_t3d import run_single_threaded
 
 # To the neighbours of a voxel, of which one of each opposite pair: 3 along axes, 6 across faces, 4 across corners.
 _LINES = tuple(step for step in product((-1, 0, 1), repeat=3) if step > (0, 0, 0))
@@ -107,13 +109,10 @@ def num_responses(num_channels: int, bright_channels: Sequence[int], dark_channe
     return 3 * len(bright_channels) + len(dark_channels) + 2 * num_channels
 
 
-def _volume_responses(
-    pixel_values: torch.Tensor, bright: Sequence[int], dark: Sequence[int], cell_size: int
-) -> torch.Tensor:
-    """One volume of shape `(channels, depth, height, width)`."""
+def _responses(pixel_values: torch.Tensor, bright: Sequence[int], dark: Sequence[int], cell_size: int) -> torch.Tensor:
     levels = pixel_values.clamp(-1, 1).add_(1).mul_(_HIGHEST / 2).add_(0.5).to(torch.uint8)
-    levels = _continued(levels, 0, [-side % cell_size for side in levels.shape[1:]])
-    lit, shaded = levels[list(bright)], levels[list(dark)]
+    levels = _continued(levels, 0, [-side % cell_size for side in levels.shape[-3:]])
+    lit, shaded = (levels[..., list(channels), :, :, :] for channels in (bright, dark))
     # The window's lower end is another tissue (fat or air in a window of soft tissue), which is no dark spot.
     shaded = _HIGHEST - torch.where(shaded == 0, (_HIGHEST + 1) // 2, shaded)
     full = [spots(lit, _BRIGHT_LINE), spots(_smoothed(lit), _BRIGHT_LINE), spots(_smoothed(shaded), _DARK_LINE)]
@@ -121,9 +120,19 @@ def _volume_responses(
     # The largest of 2^3 voxels keeps what a mean would thin out: a stone of one voxel.
     half = [spots(_pooled(lit, 2, torch.maximum), _COARSE_LINE), mean, _HIGHEST - mean]
     parts = [
-        _pooled(torch.cat(maps), size, torch.maximum) for maps, size in ((full, cell_size), (half, cell_size // 2))
+        _pooled(torch.cat(maps, dim=-4), size, torch.maximum)
+        for maps, size in ((full, cell_size), (half, cell_size // 2))
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, dim=-4)
+
+
+def _empty_responses(
+    pixel_values: torch.Tensor, bright_channels: Sequence[int], dark_channels: Sequence[int], cell_size: int
+) -> torch.Tensor:
+    batch, channels, *sides = pixel_values.shape
+    count = num_responses(channels, bright_channels, dark_channels)
+    cells = [-(-side // cell_size) for side in sides]
+    return pixel_values.new_empty((batch, count, *cells), dtype=torch.uint8)
 
 
 @torch.library.custom_op("modeling_t3d::contrast_responses", mutates_args=())
@@ -155,20 +164,24 @@ def contrast_responses(
     torch.Size([1, 6, 2, 2, 3])
 
     ```"""
+    if pixel_values.device.type != "cpu":
+        return _responses(pixel_values, bright_channels, dark_channels, cell_size)
+    responses = _empty_responses(pixel_values, bright_channels, dark_channels, cell_size)
     # One volume at a time, whose maps fit a CPU's caches.
-    return torch.stack(
-        [_volume_responses(volume, bright_channels, dark_channels, cell_size) for volume in pixel_values]
-    )
+    num_runs = min(len(pixel_values), torch.get_num_threads())
+
+    def task(first: int) -> None:
+        for index in range(first, len(pixel_values), num_runs):
+            responses[index] = _responses(pixel_values[index], bright_channels, dark_channels, cell_size)
+
+    if num_runs > 1:
+        run_single_threaded([partial(task, first) for first in range(num_runs)])
+    elif num_runs == 1:
+        task(0)
+    return responses
 
 
-@contrast_responses.register_fake
-def _(
-    pixel_values: torch.Tensor, bright_channels: Sequence[int], dark_channels: Sequence[int], cell_size: int
-) -> torch.Tensor:
-    batch, channels, *sides = pixel_values.shape
-    count = num_responses(channels, bright_channels, dark_channels)
-    cells = [-(-side // cell_size) for side in sides]
-    return pixel_values.new_empty((batch, count, *cells), dtype=torch.uint8)
+contrast_responses.register_fake(_empty_responses)
 
 
 def binned(responses: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:

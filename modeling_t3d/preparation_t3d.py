@@ -43,10 +43,10 @@ from .resample_t3d import (
     AxisSampling,
     PlaneResampler,
     resample_array,
-    run_single_threaded,
     sampled_affine,
     spacing_sampling,
 )
+from .threads_t3d import run_single_threaded
 from .volume_arithmetic_t3d import shear_note
 from .volume_io_t3d import naming
 from .volume_transforms_t3d import BodyMask, CellMeans, body_cell, find_body, whole_volume_mask

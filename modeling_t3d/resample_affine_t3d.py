@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from .geometry_t3d import check_spacing, factor_shear, spacing_from_affine
-from .resample_t3d import SMALL, Planes, run_single_threaded
+from .resample_t3d import SMALL, Planes
+from .threads_t3d import run_single_threaded
 
 BLOCK = (8, 64, 64)  # samples interpolated together: their source voxels, as float32, stay in the cache
 # Up to this many source voxels per step one point is enough: the box would be narrower than half a voxel, less than

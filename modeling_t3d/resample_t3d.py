@@ -11,7 +11,6 @@ libraries); and a file can be resampled while it is still being decompressed. Va
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from .threads_t3d import run_single_threaded
 from .volume_memory_t3d import empty_voxels
 
 BAND = 32  # samples per dense piece of a band matrix: larger ones hold more zeros, smaller ones cost more calls
@@ -240,21 +240,6 @@ class PlaneResampler:
         self._free += [self._held.pop(index) for index in passed]
 
 
-def run_single_threaded(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs tasks side by side, each in a thread whose torch operators do not start further threads.
-
-    Planes are too small to be split, and threads of threads wait for each other. torch keeps the setting per thread;
-    what it hands to threads started later is put back.
-    """
-    num_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(len(tasks), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for future in [pool.submit(task) for task in tasks]:
-                future.result()
-    finally:
-        torch.set_num_threads(num_threads)
-
-
 class Planes(Protocol):
     """What `resample_array` needs of an array."""
 
@@ -370,7 +355,6 @@ __all__ = [
     "resample",
     "resample_array",
     "resample_whole",
-    "run_single_threaded",
     "sampled_affine",
     "spacing_sampling",
 ]

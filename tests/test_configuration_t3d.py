@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import BertConfig, RobertaConfig
+from transformers import BertConfig, CLIPConfig, RobertaConfig
 
 from modeling_t3d.configuration_t3d import T3DConfig, T3DVisionConfig
 
@@ -280,6 +280,11 @@ def test_vision_fields_must_fit_together(settings, message):
 def test_joint_fields_must_fit_together(settings, message):
     with pytest.raises(StrictDataclassError, match=message):
         T3DConfig.from_preset("tiny", **settings)
+
+
+def test_a_model_of_several_towers_is_no_text_tower():
+    with pytest.raises(ValueError, match="'clip' has no num_hidden_layers: give that of a text encoder"):
+        T3DConfig(text_config=CLIPConfig())
 
 
 def test_saving_checks_again(tmp_path):
