@@ -28,8 +28,8 @@ def spots(volumes: torch.Tensor, length: int) -> torch.Tensor:
     gives 0, where a difference of Gaussians answers to all of them; what is smaller than the lines remains.
 
     Args:
-        volumes (`torch.Tensor` of shape `(..., depth, height, width)`): of any number type; beyond its border a
-            volume goes on as it ends.
+        volumes (`torch.Tensor` of shape `(..., depth, height, width)`): of any number type, none below 0; beyond its
+            border a volume goes on as it ends.
         length (`int`): of the lines in voxels, odd.
 
     Returns:
