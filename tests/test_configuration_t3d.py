@@ -283,7 +283,7 @@ def test_joint_fields_must_fit_together(settings, message):
 
 
 def test_a_model_of_several_towers_is_no_text_tower():
-    with pytest.raises(ValueError, match="'clip' has no num_hidden_layers: give that of a text encoder"):
+    with pytest.raises(StrictDataclassError, match="'clip' has no num_hidden_layers: give that of a text encoder"):
         T3DConfig(text_config=CLIPConfig())
 
 

@@ -54,6 +54,9 @@ def test_phantoms_pretraining_evaluation_and_the_embedding_of_a_scan(tmp_path):
     assert results["protocol"]["num_studies"] == 12
     assert {"diffuse", "focal", "macro"} <= results["zero_shot"]["groups"].keys()
     assert {"shortcut baseline", "linear probe"} <= results["comparisons"].keys()
+    untrained = phantoms / "no-train.csv"
+    untrained.write_text(manifest.read_text().replace(",train,", ",other,"))
+    evaluate = (*evaluate[:4], untrained, *evaluate[5:])
     call(*evaluate, "--output", tmp_path / "no-baselines", "--num-probe", "0")
     assert json.loads((tmp_path / "no-baselines" / "results.json").read_text())["comparisons"] == {}
 

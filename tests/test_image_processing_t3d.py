@@ -196,6 +196,12 @@ def test_seed_decides_the_views():
     assert torch.equal(free["local_positions"], processor(array, affine=AFFINE, views=4)["local_positions"])
 
 
+def test_numpys_whole_numbers_are_numbers_of_views():
+    processor, array = make_processor(), body_array((40, 36, 44))
+    ours, numpys = (processor(array, affine=AFFINE, views=count, seed=1) for count in (2, np.int64(2)))
+    assert torch.equal(ours["local_pixel_values"], numpys["local_pixel_values"])
+
+
 def test_view_centres_lie_in_the_body():
     processor = make_processor(local_size=(2, 2, 2))
     prepared = processor.prepare(body_array((40, 60, 70)), AFFINE)
