@@ -9,7 +9,6 @@
 import os
 from collections.abc import Callable, Sequence
 from copy import copy
-from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -288,10 +287,12 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         return_geometry: bool | None,
         return_tensors: str | None,
     ) -> BatchFeature:
+        if isinstance(views, np.integer):
+            views = int(views)
         affines = per_image(affine, len(images), "affine", has_axes(2))
         spacings = per_image(volume_spacing, len(images), "volume_spacing", has_axes(1))
         places = per_image(
-            views, len(images), "views", lambda value: isinstance(value, Integral | str) or has_axes(1)(value[0])
+            views, len(images), "views", lambda value: isinstance(value, int | str) or has_axes(1)(value[0])
         )
         axes = per_image(volume_axes, len(images), "volume_axes", lambda value: isinstance(value, str))
         ordinals = per_image(series, len(images), "series", has_axes(0))

@@ -8,7 +8,7 @@ What the settings do is in `image_processing_t3d`.
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence, Sized
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def check_views(views: Any) -> None:
         raise ValueError(
             f'views gives None for one image of several: give each a number, "grid" or points, got {views!r}'
         )
-    if isinstance(views, Integral | str):
+    if isinstance(views, int | np.integer | str):
         known = views == "grid" if isinstance(views, str) else views >= 1
     else:
         known = views is None or (isinstance(views, Sized) and len(views) > 0)

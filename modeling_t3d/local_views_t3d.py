@@ -6,7 +6,6 @@ Where views lie is worked out in `tile_plan_t3d`, what a model says about them i
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -67,10 +66,12 @@ class LocalViewsMixin:
         """Where local views lie, in voxels of the prepared volume; no voxel is read. Arguments as in `make_views`."""
         shape, size, body = prepared.array.shape, self.local_size, prepared.body
         check_views(views)
+        if isinstance(views, np.integer):
+            views = int(views)
         if isinstance(views, str):
             cells = body.cells if body.dense is None else body.cells | body.dense
             return grid_plan(shape, size, self.grid_overlap, cells, body.cell)
-        if not isinstance(views, Integral):
+        if not isinstance(views, int):
             if all(isinstance(view, Box) for view in views):
                 return tuple(views)
             return point_plan(shape, size, views, prepared.affine, prepared.source or "the volume")
@@ -86,7 +87,7 @@ class LocalViewsMixin:
 
     def shared_positions(self, views: Any, seed: int, num_volumes: int = 1) -> np.ndarray | None:
         """Under `view_sampling="aligned"` the normalised centres that a batch's random views share, else `None`."""
-        if not isinstance(views, Integral) or self.view_sampling != "aligned":
+        if not isinstance(views, int) or self.view_sampling != "aligned":
             return None
         return aligned_positions(views, np.random.default_rng((seed, num_volumes, 0)))
 
