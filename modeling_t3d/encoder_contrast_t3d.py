@@ -75,7 +75,7 @@ def _along(flat: torch.Tensor, step: int, length: int, combine: _Combine) -> tor
 
 
 def _continued(volumes: torch.Tensor, before: int, after: int | Sequence[int]) -> torch.Tensor:
-    """Replicated at the borders, which torch's padding does for floating point alone."""
+    """Replicated at the borders, which torch's padding does on a GPU for floating point alone."""
     afters = (after,) * 3 if isinstance(after, int) else after
     for axis, end in zip((-1, -2, -3), reversed(afters), strict=True):
         size = volumes.shape[axis]

@@ -258,7 +258,9 @@ class T3DLocalContrast(T3DEncoder):
             )
         # Of the values as given: rounded to the weights' precision they would have noise of their own.
         levels = contrast_responses(pixel_values.detach(), self.bright_channels, self.dark_channels, cell_size)
-        responses = binned(self.norm(levels.to(dtype)), self.config.response_edges)
+        # Whole numbers hold no NaN: a volume that is not finite stays so, as in the other encoders.
+        finite = 0 * pixel_values.detach().float().mean(dim=(1, 2, 3, 4), keepdim=True)
+        responses = binned(self.norm((levels + finite).to(dtype)), self.config.response_edges)
         if self.training and self.projection.gradient_checkpointing and not torch.compiler.is_compiling():
             # Re-entrant checkpoints pass gradients on to weights only where an input takes some.
             responses.requires_grad_()

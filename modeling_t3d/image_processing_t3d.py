@@ -287,8 +287,6 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
         return_geometry: bool | None,
         return_tensors: str | None,
     ) -> BatchFeature:
-        if isinstance(views, np.integer):
-            views = int(views)
         affines = per_image(affine, len(images), "affine", has_axes(2))
         spacings = per_image(volume_spacing, len(images), "volume_spacing", has_axes(1))
         places = per_image(

@@ -85,13 +85,14 @@ def refuse_unknown(given: Iterable[str], known: Sequence[str], kind: str, owner:
             raise TypeError(f"{owner} has no {kind} {key!r}{hint}")
 
 
-def check_views(views: Any) -> None:
-    """Raises for what says nothing about local views: neither their number, the grid, points nor boxes."""
+def checked_views(views: Any) -> Any:
+    """What is asked of local views, NumPy's number of them as Python's; raises for what asks nothing."""
     if _holds_none(views):
         raise ValueError(
             f'views gives None for one image of several: give each a number, "grid" or points, got {views!r}'
         )
-    if isinstance(views, int | np.integer | str):
+    views = int(views) if isinstance(views, np.integer) else views
+    if isinstance(views, int | str):
         known = views == "grid" if isinstance(views, str) else views >= 1
     else:
         known = views is None or (isinstance(views, Sized) and len(views) > 0)
@@ -100,6 +101,7 @@ def check_views(views: Any) -> None:
             'views must be None, a positive number of random views, "grid", or points (x, y, z) in RAS mm, '
             f"got {views!r}"
         )
+    return views
 
 
 def _holds_none(value: Any) -> bool:
@@ -191,7 +193,8 @@ def standardise(kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs[key] not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {kwargs[key]!r}")
     _check_normalisation(kwargs)
-    check_views(kwargs.get("views"))
+    if "views" in kwargs:
+        kwargs["views"] = checked_views(kwargs["views"])
     return kwargs
 
 
@@ -293,7 +296,7 @@ __all__ = [
     "CALL_ARGUMENTS",
     "LOADER_ARGUMENTS",
     "T3DImageProcessorKwargs",
-    "check_views",
+    "checked_views",
     "describe",
     "has_axes",
     "per_image",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .geometry_t3d import Box, Grid, Volume, VolumeGeometryError
-from .image_settings_t3d import check_views
+from .image_settings_t3d import checked_views
 from .intensity_t3d import apply_windows
 from .prepared_volume_t3d import PreparedVolume, ViewGeometry
 from .reassembly_t3d import Reassembled, reassemble
@@ -65,9 +65,7 @@ class LocalViewsMixin:
     ) -> tuple[Box, ...]:
         """Where local views lie, in voxels of the prepared volume; no voxel is read. Arguments as in `make_views`."""
         shape, size, body = prepared.array.shape, self.local_size, prepared.body
-        check_views(views)
-        if isinstance(views, np.integer):
-            views = int(views)
+        views = checked_views(views)
         if isinstance(views, str):
             cells = body.cells if body.dense is None else body.cells | body.dense
             return grid_plan(shape, size, self.grid_overlap, cells, body.cell)

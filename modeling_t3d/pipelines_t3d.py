@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 
-from .image_settings_t3d import check_views, has_axes, per_image, refuse_unknown
+from .image_settings_t3d import checked_views, has_axes, per_image, refuse_unknown
 
 logger = logging.get_logger(__name__)
 
@@ -255,7 +255,7 @@ class ZeroShotVolumeClassificationPipeline(Pipeline):
             boxes = processor.plan_views(prepared, views, np.random.default_rng((seed, 0)), positions)
             model_inputs["local_views"] = _PlannedViews(prepared, boxes)
         elif views is not None:
-            check_views(views)
+            checked_views(views)
             logger.warning_once(f"views={views!r} is not used: view_fusion='global' embeds the global view alone")
         return model_inputs
 

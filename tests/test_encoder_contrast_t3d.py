@@ -210,6 +210,17 @@ def test_every_parameter_learns_and_the_statistics_are_saved(tmp_path):
     assert model.encoder.norm.running_mean.abs().min() > 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_volume_that_is_not_finite_does_not_pass_for_one_that_is(value):
+    model = T3DVisionModel(small_config()).eval()
+    pixel_values = torch.rand(2, 2, 12, 18, 24)
+    expected = model(pixel_values).pooler_output
+    pixel_values[1, 0, 3, 4, 5] = value
+    pooled = model(pixel_values).pooler_output
+    torch.testing.assert_close(pooled[0], expected[0])
+    assert pooled[1].isnan().all()
+
+
 def test_shapes_are_told_without_memory():
     with torch.device("meta"):
         output = T3DVisionModel(small_config())(torch.empty(3, 2, 12, 18, 24))
