@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from ablation_arms import (
+    DEFAULT,
     FINDING_NAMES,
     SPLITS,
     ArmFailedError,
@@ -136,7 +137,7 @@ def main(command_line: list[str] | None = None) -> int:
     shared = load_configuration(arguments.config, shared_overrides)
     arms = make_arms(shared)
     names = [arm.name for arm in arms]
-    default = arms[names.index("default")]
+    default = arms[names.index(DEFAULT)]
     if unknown := set(arguments.arms) - set(names):
         sys.exit(f"unknown arm {sorted(unknown)[0]!r}; there are {', '.join(names)}")
     settings = describe_settings(arguments)

@@ -46,6 +46,7 @@ GROUPS = {
     "macro": FINDING_NAMES,
     **{extent: [name for name in FINDING_NAMES if FINDINGS[name].extent == extent] for extent in ("diffuse", "focal")},
 }
+DEFAULT = "default"  # the arm that every other one differs from by one switch
 # Every value of each switch; the one that the configuration holds is the default arm.
 SWITCHES = {
     "tma_query": ("model.overrides", ("text", "none", "vision")),
@@ -101,7 +102,7 @@ def make_arms(settings: PretrainingConfiguration) -> list[Arm]:
     defaults = {name: getattr(processor if name == "view_sampling" else config, name) for name in SWITCHES}
     arms = [
         Arm("gca-alone", "GCA alone", ("model.overrides.lambda_tma=0",)),
-        Arm("default", "GCA + TMA (default: " + ", ".join(f"{key} {value}" for key, value in defaults.items()) + ")"),
+        Arm(DEFAULT, "GCA + TMA (default: " + ", ".join(f"{key} {value}" for key, value in defaults.items()) + ")"),
     ]
     for switch, (section, values) in SWITCHES.items():
         for value in values:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ablation_arms import FINDING_NAMES, GROUPS, Arm
+from ablation_arms import DEFAULT, FINDING_NAMES, GROUPS, Arm
 
 from modeling_t3d.evaluation.statistics import (
+    Interval,
     area_under_roc_per_finding,
     bootstrap_replicates,
     macro_mean,
@@ -22,6 +23,7 @@ NUM_RESAMPLES = 1000
 HEADER = (
     "arm",
     "macro, validation",
+    "against the default, validation",
     "macro",
     "diffuse",
     "focal",
@@ -38,6 +40,8 @@ HEADER = (
 LEGEND = """AUROC is zero-shot with prompts that no training report holds: mean over seeds [range over seeds; 95 %
 interval of that mean from {resamples} resamples of test patients]. Other cells: mean over seeds [range],
 and the chance level where there is one. Validation phantoms choose, all other columns are test phantoms.
+Against the default: difference of the macro AUROC [95 % interval from {resamples} resamples of patients, the same
+for both arms, and of seeds]; a default follows an arm whose interval lies above zero.
 R@5: recall of the right volume for a report. Leak: see `modeling_t3d/evaluation/leak.py`; undefined
 while the loss is within 0.05 of chance. Pointing and AUPRC: the text's attention against focal lesions.
 Organ Dice: a linear probe of the feature maps, on patients that it was not fitted on. Study
@@ -65,21 +69,56 @@ def auroc_cell(results: Sequence[Mapping[str, Any]], split: str, group: str) -> 
         return "undefined"
     if split != "test":
         return _with_range(values)
-    columns = [FINDING_NAMES.index(name) for name in GROUPS[group]]
-    # One seed of the bootstrap: each replicate draws the same patients for every trained model.
-    replicates = [
-        mean_over_findings(
-            bootstrap_replicates(
-                np.array(part["labels"])[:, columns],
-                np.array(part["scores"])[:, columns],
-                part["patients"],
-                num_resamples=NUM_RESAMPLES,
-            )
-        )
-        for part in parts
-    ]
-    interval = percentile_interval(float(np.mean(values)), np.mean(replicates, axis=0))
+    interval = percentile_interval(float(np.mean(values)), np.mean(_replicates(results, split, group), axis=0))
     return _with_range(values, f"{interval.low:.3f} to {interval.high:.3f}")
+
+
+def _replicates(results: Sequence[Mapping[str, Any]], split: str, group: str) -> np.ndarray:
+    """
+    AUROC of every result under resampled patients, of shape `(num_results, NUM_RESAMPLES)`.
+
+    One seed of the bootstrap: each replicate draws the same patients for every trained model.
+    """
+    columns = [FINDING_NAMES.index(name) for name in GROUPS[group]]
+    return np.stack(
+        [
+            mean_over_findings(
+                bootstrap_replicates(
+                    np.array(result[split]["labels"])[:, columns],
+                    np.array(result[split]["scores"])[:, columns],
+                    result[split]["patients"],
+                    num_resamples=NUM_RESAMPLES,
+                )
+            )
+            for result in results
+        ]
+    )
+
+
+def difference(results: Sequence[Mapping[str, Any]], default: Sequence[Mapping[str, Any]]) -> Interval:
+    """
+    How far an arm's macro AUROC on the validation phantoms lies above the default's, with its 95 % interval.
+
+    Patients are resampled for both arms together and seeds for each by itself: an arm that is better in the seeds that
+    happened to be drawn, or on the few patients that happened to be there, is not better.
+    """
+    generator = np.random.default_rng(0)
+    replicates = []
+    for part in (results, default):
+        seeds = generator.integers(len(part), size=(len(part), NUM_RESAMPLES))
+        replicates.append(np.take_along_axis(_replicates(part, "validation", "macro"), seeds, axis=0).mean(axis=0))
+    means = [np.mean([group_auroc(result["validation"], "macro") for result in part]) for part in (results, default)]
+    return percentile_interval(float(means[0] - means[1]), replicates[0] - replicates[1])
+
+
+def difference_cell(arm: Arm, results: Sequence[Mapping[str, Any]], default: Sequence[Mapping[str, Any]]) -> str:
+    """[`difference`] of a trained arm in a cell; the default has none from itself."""
+    if arm.kind == "shortcut" or results == default:
+        return ABSENT
+    if not default:
+        return MISSING
+    found = difference(results, default)
+    return "undefined" if np.isnan(found.value) else f"{found.value:+.3f} [{found.low:+.3f} to {found.high:+.3f}]"
 
 
 def measurement_cell(results: Sequence[Mapping[str, Any]], *path: str, chance: Sequence[str] = ()) -> str:
@@ -104,8 +143,13 @@ def measurement_cell(results: Sequence[Mapping[str, Any]], *path: str, chance: S
     return cell + (f" (chance {np.mean(levels):.3f})" if levels and None not in levels else "")
 
 
-def table_row(arm: Arm, results: Mapping[int, Mapping[str, Any]], seeds: Sequence[int]) -> list[str]:
-    """Cells of an arm from the results of its seeds."""
+def table_row(
+    arm: Arm,
+    results: Mapping[int, Mapping[str, Any]],
+    seeds: Sequence[int],
+    default: Mapping[int, Mapping[str, Any]],
+) -> list[str]:
+    """Cells of an arm from the results of its seeds and of the default's."""
     found = [results[seed] for seed in seeds if seed in results]
     found = found[:1] if arm.kind == "shortcut" else found
     if not found:
@@ -118,6 +162,7 @@ def table_row(arm: Arm, results: Mapping[int, Mapping[str, Any]], seeds: Sequenc
     return [
         arm.label,
         auroc_cell(found, "validation", "macro"),
+        difference_cell(arm, found, [default[seed] for seed in seeds if seed in default]),
         *(auroc_cell(found, "test", group) for group in GROUPS),
         measurement_cell(found, *recall, "recall", "5", "value", chance=(*recall, "chance", "5")),
         measurement_cell(found, "leak", "leak"),
@@ -150,6 +195,22 @@ def best_arm(arms: Sequence[Arm], results: Mapping[str, Mapping[int, Any]], seed
     return f"Best arm on validation: **{best}**, mean macro AUROC {means[best]:.3f} {over}, among {among}."
 
 
+def verdict(arms: Sequence[Arm], results: Mapping[str, Mapping[int, Any]], seeds: Sequence[int]) -> str:
+    """The sentence that says which arms the defaults have to follow: those of which [`difference`] is above zero."""
+    complete = {name: list(found.values()) for name, found in results.items() if set(seeds) <= set(found)}
+    if DEFAULT not in complete:
+        return f"Better than the default: {MISSING} (the default has no result of every seed)."
+    rivals = [arm for arm in arms if arm.kind == "pretraining" and arm.name != DEFAULT and arm.name in complete]
+    found = {arm.label: difference(complete[arm.name], complete[DEFAULT]) for arm in rivals}
+    better = [label for label, interval in found.items() if interval.low > 0]
+    worse = [label for label, interval in found.items() if interval.high < 0]
+    rest = f"{len(found) - len(better) - len(worse)} of {len(found)}"
+    return (
+        f"Better than the default on validation: **{'; '.join(better) or 'none'}**. "
+        f"Worse: {'; '.join(worse) or 'none'}. Not told apart: {rest}."
+    )
+
+
 def make_table(
     arms: Sequence[Arm],
     results: Mapping[str, Mapping[int, Mapping[str, Any]]],
@@ -168,7 +229,7 @@ def make_table(
     found = [result for per_seed in results.values() for result in per_seed.values()]
     num_files = len({(result["arm"], result["seed"]) for result in found})
     rows: list[Sequence[str]] = [HEADER, ("---", *["---:"] * (len(HEADER) - 1))]
-    rows += [table_row(arm, results.get(arm.name, {}), seeds) for arm in arms]
+    rows += [table_row(arm, results.get(arm.name, {}), seeds, results.get(DEFAULT, {})) for arm in arms]
 
     def listed(name: str) -> str:
         return "; ".join(dict.fromkeys(str(result[name]) for result in found)) or MISSING
@@ -192,8 +253,20 @@ def make_table(
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     legend = LEGEND.format(resamples=NUM_RESAMPLES).replace("\n", " ")
-    parts = ["# Ablation on phantoms", table, best_arm(arms, results, seeds), legend, "\n".join(lines)]
+    judged = [judge(arms, results, seeds) for judge in (best_arm, verdict)]
+    parts = ["# Ablation on phantoms", table, *judged, legend, "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-__all__ = ["HEADER", "MISSING", "auroc_cell", "best_arm", "group_auroc", "make_table", "measurement_cell", "table_row"]
+__all__ = [
+    "HEADER",
+    "MISSING",
+    "auroc_cell",
+    "best_arm",
+    "difference",
+    "group_auroc",
+    "make_table",
+    "measurement_cell",
+    "table_row",
+    "verdict",
+]

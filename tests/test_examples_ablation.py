@@ -139,6 +139,8 @@ def test_table_shows_result_files_and_names_the_best_arm(scripts, arms, tmp_path
     # One seed is missing: it shows, and the arm cannot be the best, however good.
     assert "| 0; not measured: 1 |" in rows["tma_query none"]
     assert "Best arm on validation: **GCA alone**" in table
+    # An arm with a missing seed has no say in what the defaults are.
+    assert "Better than the default on validation: **GCA alone**. Worse: none. Not told apart: 0 of 1." in table
     assert rows["view_fusion mean"].count("not measured") == len(ablation_table.HEADER) - 1
     assert "| none | – | – |" in rows["shortcut baseline (headers and HU histogram)"]
     facts = (
@@ -174,6 +176,21 @@ def test_interval_of_the_mean_pairs_patients(scripts):
     once = ablation_table.auroc_cell([result], "test", "focal")
     twice = ablation_table.auroc_cell([result, result], "test", "focal")
     assert once.partition("[")[2] == twice.rpartition("; ")[2]
+
+
+def test_an_arm_is_better_only_beyond_what_patients_and_seeds_explain(scripts):
+    """A copy of the default differs from itself by its seeds alone, and one good seed among three is no evidence."""
+    ablation_table = scripts[2]
+    default = [make_result(scripts, "default", seed, 0.5) for seed in (0, 1, 2)]
+    same = ablation_table.difference(default[:1], default[:1])
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    spread = ablation_table.difference(default, default)
+    assert spread.value == 0.0
+    assert spread.low < 0.0 < spread.high
+    better = [make_result(scripts, "gca-alone", seed, 2.0) for seed in (0, 1, 2)]
+    assert ablation_table.difference(better, default).low > 0
+    assert ablation_table.difference(default, better).high < 0
+    assert ablation_table.difference([better[0], *default[1:]], default).low < 0
 
 
 def test_results_of_other_settings_are_not_mixed(scripts, tmp_path):
