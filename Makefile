@@ -45,10 +45,19 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not slow" --durations=15
 
+# Transformers' own common tests, which only its source distribution holds; of the version that is installed.
+TRANSFORMERS_SOURCE ?= $(VENV)/transformers-source
+$(VENV)/transformers-source: $(INSTALLED)
+	rm -rf $@ $@.partial && mkdir -p $@.partial
+	$(BIN)/pip download -q --no-deps --no-binary transformers -d $@.partial \
+		transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
+	tar -xf $@.partial/transformers-*.tar.gz -C $@.partial --strip-components 1
+	mv $@.partial $@
+
 # The long checks too; what the last complete run said is committed.
-test-all: lint
+test-all: lint $(TRANSFORMERS_SOURCE)
 	mkdir -p outputs
-	set -o pipefail; OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=30 | tee outputs/test-all.log
+	set -o pipefail; OMP_NUM_THREADS=1 TRANSFORMERS_SOURCE=$(abspath $(TRANSFORMERS_SOURCE)) $(BIN)/pytest -n $(WORKERS) --durations=30 | tee outputs/test-all.log
 	printf 'commit %s, %s, %s cores\n%s\n' "$$(git rev-parse --short HEAD)" "$$(date -u +%F)" "$$(nproc)" \
 		"$$(tail -n 1 outputs/test-all.log)" > tests/last_full_run.txt
 

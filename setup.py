@@ -31,6 +31,8 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.13",
+        # Transformers' own common tests ask for it.
+        "parameterized>=0.9",
         # The readers' tests: images of another library, and DICOM objects and encodings that others write.
         "torchio>=1.0",
         "highdicom>=0.25",
