@@ -35,16 +35,20 @@ def plan_of(trainer):
         },
         {"num_pairs": 96, "num_views": 3, "gradient_caching": True, "caching_micro_batch_size": 4},
         *({"num_pairs": 4, "overrides": {**OBJECTIVES[name], "tir_block_size": 8}} for name in OBJECTIVES),
+        # As many prototypes as views: one fewer would be refused.
+        {"num_pairs": 6, "num_views": 3, "overrides": {"tma_loss": "swav", "num_prototypes": 18}},
+        {"num_pairs": 6, "mixed_precision": "bf16"},
     ],
 )
 def test_predicted_memory(tmp_path, settings):
     trainer = build(tmp_path, **settings)
     before = {name: value.clone() for name, value in trainer.unwrapped_model.state_dict().items()}
+    forward = trainer.model.forward
     predicted = plan_of(trainer).peak_bytes
     for name, value in trainer.unwrapped_model.state_dict().items():
         assert torch.equal(value, before[name]), "the plan changes nothing"
     assert all(parameter.grad is None for parameter in trainer.unwrapped_model.parameters())
-    assert trainer.model.forward.__func__ is type(trainer.model).forward
+    assert trainer.model.forward == forward
     measured = allocated_peak(trainer)
     assert 0.85 * measured <= predicted <= 1.15 * measured
 

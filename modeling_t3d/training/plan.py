@@ -130,11 +130,13 @@ def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPla
     training_mode(trainer.model, args)
     peak = forecast(batch, num_pairs)
     more = forecast(batch, 2 * num_pairs)
-    fewer_views = peak
-    num_views = batch["local_pixel_values"].shape[1] if "local_pixel_values" in batch else 0
-    if num_views > 1:
-        names = ("local_pixel_values", "local_positions")
-        fewer_views = forecast({**batch, **{name: batch[name][:, 1:] for name in names}}, num_pairs)
+    more_views = peak
+    if "local_pixel_values" in batch:
+        # Not fewer: prototypes may need every view that there is.
+        views = {name: batch[name] for name in ("local_pixel_values", "local_positions")}
+        more_views = forecast(
+            {**batch, **{name: torch.cat([value, value[:, :1]], dim=1) for name, value in views.items()}}, num_pairs
+        )
     weights = sum(value.numel() * value.element_size() for value in trainer.unwrapped_model.state_dict().values())
     trained = sum(value.numel() for value in trainer.unwrapped_model.parameters() if value.requires_grad)
     averages = 4 * trained if args.ema_decay is not None else 0
@@ -148,7 +150,7 @@ def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPla
         steps_per_epoch=trainer.steps_per_epoch,
         peak_bytes=peak + averages,
         bytes_per_pair=(more - peak) // num_pairs,
-        bytes_per_local_view=peak - fewer_views,
+        bytes_per_local_view=more_views - peak,
         waiting_bytes=(PREFETCHED + 1) * args.per_device_train_batch_size * pair_bytes,
         device=str(device),
         memory_bytes=_free_memory(device),
