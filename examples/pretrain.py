@@ -43,7 +43,7 @@ from modeling_t3d.training.arguments import (
 )
 from modeling_t3d.training.model_card import provenance
 from modeling_t3d.training.plan import plan_run
-from modeling_t3d.training.preflight import refuse_scarce_views
+from modeling_t3d.training.preflight import refuse_lonely_reports, refuse_scarce_views
 from modeling_t3d.training.profiling import profile_steps
 from modeling_t3d.training.session import errors_in_one_line
 from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
@@ -221,6 +221,7 @@ def build_trainer(
         )
     trainer = T3DTrainer(model, training, parts[0], collator, **options)
     refuse_scarce_views(trainer, processor.image_processor.num_local_views, losses)
+    refuse_lonely_reports(trainer, losses)
     return trainer, parts
 
 

@@ -7,8 +7,9 @@ from training_footprint import Pairs
 from training_footprint import build as build_pretraining
 from training_stub import build_trainer, validate
 
+from modeling_t3d.data.streaming import StreamingDataset
 from modeling_t3d.training.arguments import ConfigurationError
-from modeling_t3d.training.preflight import refuse_scarce_views, smallest_training_batch
+from modeling_t3d.training.preflight import refuse_lonely_reports, refuse_scarce_views, smallest_training_batch
 from modeling_t3d.training.sampling import ShardedBatchSampler
 from modeling_t3d.training.validation import ValidationLosses
 
@@ -77,3 +78,34 @@ def test_other_objectives_need_no_more_views(tmp_path):
     trainer = build_pretraining(tmp_path, num_pairs=4, num_views=2, drop_last=False)
     trainer.sampler = ShardedBatchSampler(6, 4, drop_last=False)
     refuse_scarce_views(trainer, 2)
+
+
+RESTORES_WITH_OTHERS = {"lambda_tir": 1.0, "tir_report": "other", "tir_block_size": 8}
+
+
+def test_reports_of_others_are_not_taken_from_parts_of_a_batch(tmp_path):
+    """The loss would depend on how large the parts are."""
+    caching = {"gradient_caching": True, "caching_micro_batch_size": 2}
+    with pytest.raises(ConfigurationError, match=r"tir_report=other .* in parts, .*: leave out training.gradient_cac"):
+        build_pretraining(tmp_path, num_pairs=4, overrides=RESTORES_WITH_OTHERS, **caching)
+    build_pretraining(tmp_path, num_pairs=4, overrides={**RESTORES_WITH_OTHERS, "tir_report": "own"}, **caching)
+    build_pretraining(tmp_path, num_pairs=4, overrides={**RESTORES_WITH_OTHERS, "lambda_tir": 0.0}, **caching)
+
+
+def test_reports_of_others_need_two_pairs_for_each_process(tmp_path):
+    trainer = build_pretraining(tmp_path, num_pairs=4, overrides=RESTORES_WITH_OTHERS, drop_last=False)
+    for num_pairs in (8, 6):
+        trainer.sampler = StreamingDataset(Pairs(num_pairs, 2), 4, drop_last=False)
+        refuse_lonely_reports(trainer)
+    trainer.sampler = StreamingDataset(Pairs(5, 2), 4, drop_last=False)
+    with pytest.raises(ConfigurationError, match=r"single pair for a process: set training.drop_last=true, raise tr"):
+        refuse_lonely_reports(trainer)
+
+
+def test_reports_of_others_need_two_pairs_in_validation(tmp_path):
+    trainer = build_pretraining(tmp_path, num_pairs=4, overrides=RESTORES_WITH_OTHERS)
+    refuse_lonely_reports(trainer, ValidationLosses(Pairs(3, 2), trainer.collator, 4))
+    with pytest.raises(
+        ConfigurationError, match=r"a validation batch has a single pair .*: give 2 pairs for each pro"
+    ):
+        refuse_lonely_reports(trainer, ValidationLosses(Pairs(3, 2), trainer.collator, 1))

@@ -95,8 +95,8 @@ def refuse_scarce_views(trainer: "T3DTrainer", num_views: int, validation: Valid
         num_views (`int`): local views of a pair, as the image processor cuts them.
         validation ([`ValidationLosses`], *optional*): whose batches count, too.
     """
-    config = trainer.unwrapped_model.config
-    if not config.lambda_tma or config.tma_loss != "swav":
+    config: Any = trainer.unwrapped_model.config
+    if not getattr(config, "lambda_tma", 0.0) or config.tma_loss != "swav":
         return
     needed = ceil(config.num_prototypes / num_views)
     lower = f"lower model.overrides.num_prototypes={config.num_prototypes}"
@@ -112,6 +112,39 @@ def refuse_scarce_views(trainer: "T3DTrainer", num_views: int, validation: Valid
             f"a validation batch has {validation.global_batch_size} pairs of {num_views} views, and each prototype "
             f"needs a view: give {needed} pairs to data.validation_split and to a step of all processes "
             f"(training.per_device_train_batch_size), or {lower}, or set data.validation_split=null"
+        )
+
+
+def refuse_lonely_reports(trainer: "T3DTrainer", validation: ValidationLosses | None = None) -> None:
+    """
+    Raise if restoration with the reports of others would take them from a part of a batch, or find none there.
+
+    Args:
+        trainer ([`T3DTrainer`]): that has not begun.
+        validation ([`ValidationLosses`], *optional*): whose batches count, too.
+    """
+    config: Any = trainer.unwrapped_model.config
+    if not getattr(config, "lambda_tir", 0.0) or config.tir_report != "other":
+        return
+    remedy = "set model.overrides.tir_report=own"
+    if trainer.args.gradient_caching:
+        raise ConfigurationError(
+            "model.overrides.tir_report=other takes reports from the batch that is encoded, and gradient caching "
+            "encodes it in parts, on whose size the loss would depend: leave out training.gradient_caching and "
+            f"training.caching_micro_batch_size, or {remedy}"
+        )
+    if smallest_training_batch(trainer) < 2 * trainer.accelerator.num_processes:
+        is_rest = not trainer.args.drop_last and trainer.args.per_device_train_batch_size > 1
+        cause = "set training.drop_last=true, " if is_rest else ""
+        raise ConfigurationError(
+            "model.overrides.tir_report=other needs another report, and some training batch has a single pair for a "
+            f"process: {cause}raise training.per_device_train_batch_size, or {remedy}"
+        )
+    if validation is not None and validation.sampler().batch_size < 2:
+        raise ConfigurationError(
+            "model.overrides.tir_report=other needs another report, and a validation batch has a single pair for a "
+            "process: give 2 pairs for each process to data.validation_split, or set it to null, or "
+            f"{remedy}"
         )
 
 
@@ -163,6 +196,7 @@ __all__ = [
     "choose_precision",
     "device_name",
     "refuse_before_training",
+    "refuse_lonely_reports",
     "refuse_missing_trackers",
     "refuse_scarce_views",
     "refuse_unmeasured_metric",

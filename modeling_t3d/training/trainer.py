@@ -34,6 +34,7 @@ from .preflight import (
     choose_precision,
     device_name,
     refuse_before_training,
+    refuse_lonely_reports,
     refuse_missing_trackers,
     refuse_unmeasured_metric,
 )
@@ -115,6 +116,7 @@ class T3DTrainer:
         set_up_model(model, args)
         self.model = wrap_model(self.accelerator, model, args)
         self.unwrapped_model = self.accelerator.unwrap_model(self.model)
+        refuse_lonely_reports(self)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.unwrapped_model, args),
             betas=(args.adam_beta1, args.adam_beta2),
