@@ -64,6 +64,14 @@ def test_the_smallest_batch_is_known_and_must_have_views_for_all_prototypes(tmp_
         refuse_scarce_views(trainer, 3)
 
 
+def test_a_run_without_views_for_all_prototypes_takes_no_step(tmp_path):
+    """The first batch has enough of them; the second one is smaller."""
+    trainer = prototypes_of_ten(tmp_path, 6, drop_last=False)
+    with pytest.raises(ConfigurationError, match="smallest training batch has 2 pairs of 3 views"):
+        trainer.train()
+    assert trainer.state.step == 0
+
+
 def test_validation_batches_must_have_views_for_all_prototypes(tmp_path):
     trainer = prototypes_of_ten(tmp_path, 8)
     for num_pairs in (5, 4):

@@ -36,6 +36,7 @@ from .preflight import (
     refuse_before_training,
     refuse_lonely_reports,
     refuse_missing_trackers,
+    refuse_scarce_views,
     refuse_unmeasured_metric,
 )
 from .processes import ProcessGroup
@@ -208,7 +209,7 @@ class T3DTrainer:
 
     def _run(self, reporter: ProgressReporter, stop: StopRequest) -> bool:
         """Steps until the budget is spent; returns whether a signal ended them first."""
-        args, state = self.args, self.state
+        args, state, first_step = self.args, self.state, self.state.step
         meter = StepMeter(self.accelerator, state, len(self.train_dataset))
         training_mode(self.model, args)
         if state.step and self._step_needs_evaluation() and state.evaluated_step != state.step:
@@ -222,6 +223,8 @@ class T3DTrainer:
             while self.progress < 1 and not interrupted:
                 start = time.monotonic()
                 micro_batches = next(steps)
+                if state.step == first_step and "local_pixel_values" in micro_batches[0]:
+                    refuse_scarce_views(self, micro_batches[0]["local_pixel_values"].shape[1])
                 wait_seconds = time.monotonic() - start
                 meter.add(self._step(micro_batches), wait_seconds)
                 state.elapsed_seconds += time.monotonic() - start
