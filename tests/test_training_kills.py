@@ -30,6 +30,9 @@ from modeling_t3d.training.stopping import EXIT_STATUS_INTERRUPTED
 # Saving takes most of a step here: many kills fall into it.
 SETTINGS = {"save_steps": 1, "logging_steps": 1, "seconds": 0.005, "record": True}
 
+# What still runs when its launcher, its main process or its right to the folder is gone ends within this time.
+END_SECONDS = 30.0
+
 
 @pytest.fixture
 def runs() -> TrainingRuns:
@@ -133,7 +136,9 @@ def test_a_launcher_that_is_killed_leaves_nothing_running(runs, tmp_path, num_pr
         assert len(orphans) >= 2 * num_processes, "ranks, each with a loader process"
     finally:
         launcher.kill()
+    killed = time.monotonic()
     wait_until(lambda: not any(is_alive(orphan) for orphan in orphans), describe=lambda: f"{orphans} live on")
+    assert time.monotonic() - killed < END_SECONDS
     assert "the launcher died" in launcher.communicate()[0]
     assert status(run)["status"] in ("failed", "running")
     for folder in (whole, run):
@@ -150,7 +155,9 @@ def test_a_rank_that_dies_ends_the_other_while_it_waits_for_data(runs, tmp_path,
     run.wait_for(lambda: run.loaders(0) and run.loaders(1))
     loaders = [*run.loaders(0), *run.loaders(1)]
     run.signal(signal.SIGKILL, victim)
+    killed = time.monotonic()
     assert sorted(run.wait()) == [-signal.SIGKILL, 1]
+    assert time.monotonic() - killed < END_SECONDS
     cause = ("the main process died", "rank 1 died")[victim]
     assert f"rank {1 - victim} stopped at step 0: {cause}; there is no checkpoint yet" in run.output()
     assert "Traceback" not in run.output()
@@ -191,6 +198,24 @@ def test_a_run_that_was_taken_for_dead_writes_nothing_any_more(runs, tmp_path):
     assert {path: path.read_bytes() for path in left} == left
     assert [folder.name for folder in list_checkpoints(run)] == newest
     assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_was_taken_for_dead_ends_while_it_waits_for_data(runs, tmp_path, num_processes):
+    """Nothing is logged or saved that would tell."""
+    run, hold = tmp_path / "run", tmp_path / "hold"
+    hold.touch()
+    process = runs.start(run, num_processes, hold=str(hold), hold_epoch=1, **{**SETTINGS, "max_steps": 12})
+    process.wait_for(lambda: len(log_of(run)) == 5 // num_processes)
+    (run / "lock" / "00000002.json").write_text("{}")
+    taken = time.monotonic()
+    assert process.wait() == [1] * num_processes
+    assert time.monotonic() - taken < END_SECONDS
+    lines = [line for line in process.output().splitlines() if "stopped at step" in line]
+    assert len(lines) == num_processes, process.output()
+    assert all("this run was taken for dead and another has taken over; it stops without" in line for line in lines)
+    assert "Traceback" not in process.output()
+    assert status(run)["status"] == "running", "the file is the other run's"
 
 
 def test_signals_write_a_checkpoint_and_an_exit_status(runs, tmp_path):

@@ -4,10 +4,12 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,24 @@ def test_a_number_that_another_process_has_by_now_does_not_count(tmp_path):
     assert RunLock(tmp_path, stale_seconds=10_000).acquire() == 2
     with pytest.raises(RunLockError, match="was taken for dead"):
         lock.check()
+
+
+def test_a_former_holder_notices_a_higher_number_by_itself(tmp_path):
+    lost: queue.SimpleQueue[RunLockError] = queue.SimpleQueue()
+    former = RunLock(tmp_path, heartbeat_seconds=0.02, on_loss=lost.put)
+    former.acquire()
+    (path,) = (tmp_path / "lock").iterdir()
+    content = json.dumps({**record(tmp_path), "started": 1})
+    # A file system that is away shows no number at all.
+    (tmp_path / "lock").rename(tmp_path / "away")
+    time.sleep(0.2)
+    (tmp_path / "away").rename(tmp_path / "lock")
+    assert lost.empty()
+    path.write_text(content)
+    assert RunLock(tmp_path, stale_seconds=10_000).acquire() == 2
+    assert "was taken for dead" in str(lost.get(timeout=30))
+    time.sleep(0.2)
+    assert lost.empty(), "it is told once"
 
 
 def test_on_another_machine_a_heartbeat_counts(tmp_path):

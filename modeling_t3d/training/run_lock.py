@@ -10,13 +10,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0
 
 
@@ -32,14 +33,15 @@ class RunLock:
     holder touches its file every few seconds. Whoever finds one that was not released looks whether its process lives
     where that can be told (the same machine), and else watches the file: touched, the folder is refused; untouched for
     `stale_seconds`, it is taken over. No clocks of two machines are compared. A former holder that wakes up finds a
-    higher number at [`RunLock.check`].
+    higher number at [`RunLock.check`], or when it next touches its file.
 
     Args:
         output_dir (`str` or `Path`): the folder; made if there is none.
         machine (`str`, *optional*): identity of this machine and its process numbers; found by default.
-        heartbeat_seconds (`float`, defaults to 10): how often a holder touches its file [choice].
+        heartbeat_seconds (`float`, defaults to 5): how often a holder touches its file [choice].
         stale_seconds (`float`, defaults to 120):
             How long a file must stay untouched; longer than shared file systems keep attributes [choice].
+        on_loss (callable, *optional*): called once, from a thread, with what `check` would raise.
 
     Example:
 
@@ -62,12 +64,14 @@ class RunLock:
         machine: str | None = None,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         stale_seconds: float = STALE_SECONDS,
+        on_loss: Callable[[RunLockError], Any] = lambda error: None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.folder = self.output_dir / "lock"
         self.machine = machine or _this_machine()
         self.heartbeat_seconds = heartbeat_seconds
         self.stale_seconds = stale_seconds
+        self.on_loss = on_loss
         self.number: int | None = None
         self._stopped = threading.Event()
 
@@ -92,16 +96,13 @@ class RunLock:
             if int(claim.stem) < number:
                 claim.unlink(missing_ok=True)
         self._stopped.clear()
-        threading.Thread(target=self._beat, args=(self._claim(number),), name="run lock", daemon=True).start()
+        threading.Thread(target=self._beat, args=(number,), name="run lock", daemon=True).start()
         return number
 
     def check(self) -> None:
         """Raise if another run has taken the folder over; stands before whatever is renamed into it."""
         if self.number is None or self._newest() != self.number:
-            self._stopped.set()
-            raise RunLockError(
-                f"{self.output_dir}: this run was taken for dead and another has taken over; it stops without writing"
-            )
+            raise self._loss()
 
     def release(self) -> None:
         """Give the folder back."""
@@ -112,11 +113,22 @@ class RunLock:
                 self._claim(self.number).write_text(self._record(released=True), encoding="utf-8")
         self.number = None
 
-    def _beat(self, claim: Path) -> None:
+    def _beat(self, number: int) -> None:
         while not self._stopped.wait(self.heartbeat_seconds):
-            # A file system may be away for a while: `check` decides, not the heart.
+            newest = number
+            # A file system may be away for a while: that it shows no number means nothing, a higher one does.
             with suppress(OSError):
-                os.utime(claim)
+                os.utime(self._claim(number))
+            with suppress(OSError):
+                newest = self._newest()
+            if newest > number:
+                self._stopped.set()
+                self.on_loss(self._loss())
+
+    def _loss(self) -> RunLockError:
+        return RunLockError(
+            f"{self.output_dir}: this run was taken for dead and another has taken over; it stops without writing"
+        )
 
     def _wait_until_dead(self, claim: Path) -> None:
         """Return once the holder is known not to live; raise if it does."""

@@ -43,7 +43,7 @@ class RunSession:
         self.output_dir = output_dir
         self.processes = processes
         self.describe = describe
-        self.lock = RunLock(output_dir)
+        self.lock = RunLock(output_dir, on_loss=self._lose)
         self.watch = ProcessWatch(processes, self._end)
         self.fence = 0
         self._close: Callable[[], Any] | None = None
@@ -111,6 +111,12 @@ class RunSession:
         reported.is_reported = True
         if foreign:
             raise reported from error
+
+    def _lose(self, error: RunLockError) -> None:
+        """End all processes: until the next log or checkpoint they would compute for nothing."""
+        cause = describe_error(error)
+        if self.watch.announce(cause):
+            self._end(cause)
 
     def _end(self, cause: str) -> None:
         """End this process at once: its other threads may wait for one that is dead."""
