@@ -6,9 +6,13 @@ import errno
 import os
 
 import pytest
+from torch import nn
+from torch.optim import AdamW
 from training_stub import build_trainer
 
+from modeling_t3d.training.checkpoints import write_checkpoint
 from modeling_t3d.training.files import flush, make_folder, write_text_atomically
+from modeling_t3d.training.processes import ProcessGroup
 
 
 def test_a_file_that_was_replaced_is_flushed_with_its_name(tmp_path, flushes):
@@ -31,6 +35,21 @@ def test_a_run_flushes_every_folder_on_the_way_to_its_checkpoints(tmp_path, flus
     assert {run.parent, run, checkpoint.parent, checkpoint, run / "model", run / "status.json"} <= {*flushes}
     order = [flushes.index(path) for path in (run.parent, run, checkpoint.parent, checkpoint)]
     assert order == sorted(order), "a checkpoint is not said to be there before its way is"
+
+
+def test_every_rank_flushes_what_it_adds_to_a_checkpoint(tmp_path, flushes):
+    """The main process may be on another machine, whose disk cache holds nothing of it."""
+
+    class Second(ProcessGroup):
+        rank = 1
+
+    model = nn.Linear(2, 2)
+    partial = tmp_path / "checkpoints" / ".partial-0-step-00000001"
+    partial.mkdir(parents=True)
+    write_checkpoint(
+        tmp_path, step=1, model=model, optimizer=AdamW(model.parameters()), state={}, keep=None, processes=Second()
+    )
+    assert flushes == [*partial.iterdir()] == [partial / "random_state_1.pt"]
 
 
 @pytest.mark.parametrize(("function", "number"), [("open", errno.EACCES), ("fsync", errno.EINVAL)])

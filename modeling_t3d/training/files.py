@@ -20,7 +20,7 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, and name it if the system refuses."""
+    """Write a small file, as [`write_with`] does."""
     write_with(path, lambda file: file.write(text.encode()))
 
 
@@ -28,7 +28,6 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file that is never half there."""
     temporary = path.with_name(f"{PARTIAL_PREFIX}{path.name}")
     write_text(temporary, text)
-    flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)
 
@@ -90,7 +89,7 @@ def hash_file(path: Path) -> str:
 
 def write_with(path: Path, write: Callable[[Any], Any]) -> None:
     """
-    Let a library write a file, and say what the system said if it cannot.
+    Let a library write a file, force it to the disk, and say what the system said if it cannot.
 
     torch reports a full disk as a stream that failed; the errors of the file itself name the cause.
 
@@ -102,6 +101,7 @@ def write_with(path: Path, write: Callable[[Any], Any]) -> None:
     try:
         with path.open("wb") as file:
             write(_ErrorRecorder(file, errors))
+        flush(path)
     except Exception as error:
         cause = error if isinstance(error, OSError) else next(iter(errors), None)
         if cause is None:
