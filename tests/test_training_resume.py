@@ -229,6 +229,15 @@ def test_a_metric_that_is_no_number_is_never_best(tmp_path):
     assert trainer.state.num_validations_without_gain == 2
 
 
+@pytest.mark.parametrize(("precision", "num_warnings"), [("bf16", 1), ("no", 0)])
+def test_half_precision_on_a_cpu_does_not_go_on_bit_for_bit(tmp_path, caplog, precision, num_warnings):
+    build_trainer(tmp_path, max_steps=4, mixed_precision=precision).train(resume=True)
+    remedy = "where they must be, train with training.mixed_precision=no"
+    assert remedy not in caplog.text, "nothing was resumed"
+    build_trainer(tmp_path, max_steps=8, mixed_precision=precision).train(resume=True)
+    assert caplog.text.count(remedy) == num_warnings
+
+
 def test_a_run_goes_on_with_other_rates(tmp_path):
     build_trainer(tmp_path, max_steps=4).train()
     lower = {f"{part}_learning_rate": 1e-5 for part in ("vision", "text", "head")}

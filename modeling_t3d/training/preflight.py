@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """What is decided or refused before the first step: processes, batch, precision."""
 
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from math import ceil
@@ -16,6 +17,8 @@ from .validation import ValidationLosses
 
 if TYPE_CHECKING:
     from .trainer import T3DTrainer
+
+logger = logging.getLogger(__name__)
 
 # Name of a tracker -> the extra that installs it.
 _TRACKER_EXTRAS = {"tensorboard": "train", "trackio": "track", "wandb": "track"}
@@ -187,6 +190,16 @@ def choose_precision(args: T3DTrainingArguments) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
+def warn_of_inexact_resumption(accelerator: Accelerator) -> None:
+    """Say that a run which is resumed in half precision on a CPU will not be bit for bit that of one go."""
+    if accelerator.is_main_process and accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
+        logger.warning(
+            "resumed in %s on a CPU, whose rounding may differ from run to run: the weights will not be bit for bit "
+            "those of a run in one go; where they must be, train with training.mixed_precision=no from the start",
+            accelerator.mixed_precision,
+        )
+
+
 def device_name(device: torch.device) -> str:
     """For the model card."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -201,4 +214,5 @@ __all__ = [
     "refuse_scarce_views",
     "refuse_unmeasured_metric",
     "smallest_training_batch",
+    "warn_of_inexact_resumption",
 ]

@@ -38,6 +38,7 @@ from .preflight import (
     refuse_missing_trackers,
     refuse_scarce_views,
     refuse_unmeasured_metric,
+    warn_of_inexact_resumption,
 )
 from .processes import ProcessGroup
 from .progress import ProgressReporter, StepMeter
@@ -424,6 +425,7 @@ class T3DTrainer:
         found = self.checkpoints.resume(self.unwrapped_model, self.optimizer, self.extra_state, self._run_identity())
         if found is None:
             return None
+        warn_of_inexact_resumption(self.accelerator)
         saved, random_state_of_rank = found
         self.state, self.metrics = TrainerState(**saved["trainer"]), saved["metrics"]
         if random_state_of_rank is None:
