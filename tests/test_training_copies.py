@@ -2,9 +2,12 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Checkpoints at an address: complete only with their manifest, resumed on another machine, written by one run."""
 
+import json
+
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from training_runs import assert_same_weights
+from test_training_trackers import Notebook
+from training_runs import assert_same_weights, log_of
 from training_stub import build_trainer
 
 from modeling_t3d.training.arguments import ConfigurationError
@@ -64,6 +67,25 @@ def test_a_run_goes_on_where_its_folder_never_was(tmp_path, address):
         ConfigurationError, match=r"holds the checkpoints of a run; .* another training.checkpoint_copies"
     ):
         build_trainer(tmp_path / "third machine", **settings).train()
+
+
+def test_logs_go_on_where_their_folder_never_was_and_where_it_is_old(tmp_path):
+    """What trackers were told until the last checkpoint is known on every machine."""
+
+    def build(name, **settings):
+        trainer = build_trainer(tmp_path / name, checkpoint_copies=ADDRESS, logging_steps=1, **settings)
+        trainer.accelerator.log_with = [Notebook("wandb")]
+        return trainer
+
+    stop_after(build("first machine"), 10, resume=False)
+    build("second machine").train(resume=True)
+    assert [line["step"] for line in log_of(tmp_path / "second machine")] == list(range(1, 13))
+    build("first machine", max_steps=16).train(resume=True)
+    logs = [log_of(tmp_path / name) for name in ("first machine", "second machine")]
+    assert [line["step"] for line in logs[0]] == list(range(1, 17))
+    assert logs[0][:12] == logs[1]
+    told = (tmp_path / "first machine" / "tracked.jsonl").read_text().splitlines()
+    assert [json.loads(line)[1:] for line in told] == [["train", step] for step in range(1, 17)]
 
 
 def test_without_its_manifest_a_copy_does_not_count(tmp_path, address):

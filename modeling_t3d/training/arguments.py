@@ -91,8 +91,8 @@ class T3DTrainingArguments:
         save_total_limit (`int`, *optional*, defaults to 2): newest checkpoints that are kept; `None` keeps all.
         checkpoint_copies (`str`, *optional*):
             Address (`s3://...` or whatever fsspec knows) to which the same checkpoints are copied after each is
-            written, and from which a run without them, on another machine, resumes with the newest. What
-            `save_total_limit` and the best metric keep, is kept there, too. One run has one address.
+            written, and from which a run without them, on another machine, resumes with the newest, its log with it.
+            What `save_total_limit` and the best metric keep, is kept there, too. One run has one address.
         metric_for_best_model (`str`, *optional*):
             A metric of the validation; the checkpoint where it was best is kept besides, and written if none was due.
             A resumed run with another metric, or the same the other way round, looks for its best anew.

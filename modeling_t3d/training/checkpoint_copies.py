@@ -22,8 +22,18 @@ from .checkpoints import (
     steps_to_keep,
     verify_checkpoint,
 )
-from .files import PARTIAL_PREFIX, flush_folder, make_folder, replace_folder
+from .files import (
+    PARTIAL_PREFIX,
+    flush_folder,
+    make_folder,
+    replace_folder,
+    write_text,
+    write_text_atomically,
+)
+from .progress import LOG_FILE, TRACKED_FILE
 
+# Of the run's folder, not of a checkpoint: copied in each, so that they go on where the folder never was.
+_LOGS = (LOG_FILE, TRACKED_FILE)
 _HOLDER_FILE = "holder.json"
 # Step, number of the copy, holder; former versions wrote the step alone.
 _COPY_NAME = re.compile(r"step-(\d+)(?:-(\d+)-[0-9a-f]+)?")
@@ -66,6 +76,12 @@ class CheckpointCopies:
         self.file_system.makedirs(self.root, exist_ok=True)
         self.file_system.pipe_file(f"{self.root}/{_HOLDER_FILE}", json.dumps({"holder": self.holder}).encode())
 
+    def add_logs(self, output_dir: str | Path, folder: Path) -> None:
+        """Put the run's logs into a checkpoint that is being written."""
+        for log in (Path(output_dir) / name for name in _LOGS):
+            if log.exists():
+                write_text(folder / log.name, log.read_text(encoding="utf-8"))
+
     def mirror(self, output_dir: str | Path, *, keep: int | None, best_step: int | None) -> None:
         """
         Copy what the folder has and the address lacks; remove there what the rule of the folder does not keep.
@@ -91,7 +107,7 @@ class CheckpointCopies:
                 self._remove(f"{self.root}/{name}")
 
     def fetch_newest(self, output_dir: str | Path) -> None:
-        """Bring the newest checkpoint to the folder, verified, unless that has one as new."""
+        """Bring the newest checkpoint and its logs to the folder, verified, unless that has one as new."""
         copies, latest = self._copies(), latest_checkpoint(output_dir)
         if not copies or (latest is not None and latest.name >= checkpoint_folder(output_dir, max(copies)).name):
             return
@@ -109,6 +125,10 @@ class CheckpointCopies:
             reason = str(error).rpartition(": ")[2]
             raise CheckpointError(f"{self.address}/{name_there}: {reason}; remove it there to resume") from None
         flush_folder(partial)
+        # Before the checkpoint: once that is there, nothing is fetched again.
+        for log in (partial / name for name in _LOGS):
+            if log.exists():
+                write_text_atomically(Path(output_dir) / log.name, log.read_text(encoding="utf-8"))
         replace_folder(partial, target)
 
     def _folders(self, pattern: str = "step-*") -> dict[str, tuple[int, int]]:

@@ -21,6 +21,10 @@ from .trackers import StepTrackers
 
 logger = logging.getLogger(__name__)
 
+# In the folder of a run: what it logged, and what it told trackers that cannot take it back.
+LOG_FILE = "log.jsonl"
+TRACKED_FILE = "tracked.jsonl"
+
 
 class StepMeter:
     """
@@ -143,7 +147,7 @@ class ProgressReporter:
         name: str,
     ) -> None:
         self.accelerator = accelerator
-        self.path = output_dir / "log.jsonl"
+        self.path = output_dir / LOG_FILE
         self.wants_plot = settings["plot"]
         # Without a terminal the bar is off and log lines take its place.
         self.bar = tqdm(
@@ -155,7 +159,7 @@ class ProgressReporter:
         )
         if accelerator.is_main_process:
             self._rewind(step)
-        self.trackers = StepTrackers(accelerator, output_dir / "tracked.jsonl", settings, step=step, name=name)
+        self.trackers = StepTrackers(accelerator, output_dir / TRACKED_FILE, settings, step=step, name=name)
 
     def _rewind(self, step: int) -> None:
         if not self.path.exists():
@@ -196,4 +200,4 @@ class ProgressReporter:
         self.trackers.close()
 
 
-__all__ = ["ProgressReporter", "StepMeter"]
+__all__ = ["LOG_FILE", "TRACKED_FILE", "ProgressReporter", "StepMeter"]

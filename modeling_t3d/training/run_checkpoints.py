@@ -57,6 +57,12 @@ class RunCheckpoints:
         add_files: Callable[[Path], Any],
     ) -> Path:
         """Write a checkpoint, then its copy; see [`write_checkpoint`] for the arguments."""
+
+        def add_all_files(folder: Path) -> None:
+            add_files(folder)
+            if self.copies is not None:
+                self.copies.add_logs(self.output_dir, folder)
+
         folder = write_checkpoint(
             self.output_dir,
             step=step,
@@ -67,7 +73,7 @@ class RunCheckpoints:
             best_step=best_step,
             extra=extra,
             processes=self.processes,
-            add_files=add_files,
+            add_files=add_all_files,
             fence=self.session.fence,
             before_rename=self.session.check,
         )
