@@ -18,6 +18,9 @@ class StepTrackers:
     """
     The trackers of a run; the main process alone logs. A resumed run goes on in the same curves.
 
+    Those that cannot take anything back are told at least once: again after a kill between telling and noting it, and
+    on a machine to which the note was not copied, so that no step is ever missing.
+
     Args:
         accelerator (`Accelerator`): knows which trackers there are.
         path (`Path`): a file that remembers what trackers were told that cannot take it back.
