@@ -14,7 +14,7 @@ from training_stub import StubModel, build_trainer, validate
 
 from modeling_t3d.training.arguments import ConfigurationError
 from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints, read_state, write_manifest
-from modeling_t3d.training.state import TrainerState
+from modeling_t3d.training.state import TrainerState, refuse_other_run
 
 
 @pytest.fixture
@@ -45,6 +45,31 @@ def test_processes_whose_epochs_have_other_batches_do_not_go_on(runs, tmp_path):
     part = runs.start(tmp_path, 2, **settings, per_device_train_batch_size=5, resume=True)
     assert 0 not in part.wait()
     assert "the run had num_batches=3, this one has 2" in part.output()
+
+
+def test_other_pairs_per_step_are_refused_with_the_settings_that_keep_them(tmp_path):
+    build_trainer(tmp_path, max_steps=4).train()
+    message = (
+        r"the run had pairs_per_step=4, this one has 6; to keep it on 1 process\(es\) set "
+        r"training\.per_device_train_batch_size=4 and training\.gradient_accumulation_steps=1, or"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        build_trainer(tmp_path, max_steps=8, per_device_train_batch_size=3, gradient_accumulation_steps=2).train(
+            resume=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "remedy"),
+    [
+        (3, r"to keep it on 3 process\(es\) set training\.per_device_train_batch_size=4 and .*steps=2"),
+        (5, r"no training\.per_device_train_batch_size keeps it on 5 processes, .* that divides 12"),
+    ],
+)
+def test_pairs_per_step_on_another_number_of_processes(tmp_path, num_processes, remedy):
+    saved = {"pairs_per_step": 24, "gradient_accumulation_steps": 2}
+    with pytest.raises(CheckpointError, match=remedy):
+        refuse_other_run(tmp_path, saved, {**saved, "pairs_per_step": 12 * num_processes}, num_processes)
 
 
 def scalars_of(output_dir: Path) -> dict[str, list[tuple[int, float]]]:

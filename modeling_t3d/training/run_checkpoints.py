@@ -113,7 +113,7 @@ class RunCheckpoints:
             self._claim_copies()
             return None
         saved = read_state(folder)
-        refuse_other_run(folder, saved["run"], identity)
+        refuse_other_run(folder, saved["run"], identity, self.processes.size)
         random_state = load_checkpoint(folder, model=model, optimizer=optimizer, extra=extra, rank=self.processes.rank)
         self._claim_copies()
         if saved["num_processes"] == self.processes.size:

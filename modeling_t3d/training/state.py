@@ -135,7 +135,7 @@ class TrainingResult:
     metrics: dict[str, float]
 
 
-def refuse_other_run(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def refuse_other_run(folder: Path, saved: dict[str, Any], current: dict[str, Any], num_processes: int) -> None:
     """
     Raise if a checkpoint belongs to a run of other data or settings.
 
@@ -143,17 +143,35 @@ def refuse_other_run(folder: Path, saved: dict[str, Any], current: dict[str, Any
         folder (`Path`): the checkpoint, which the message names.
         saved (`dict`), current (`dict`): what must be the same, also inside dictionaries; what the version that wrote
             the checkpoint did not know yet cannot differ.
+        num_processes (`int`): that resume it.
     """
     for name, value in current.items():
         former = saved.get(name, value)
         if isinstance(former, dict) and isinstance(value, dict):
             prefixed = ({f"{name}.{key}": entry for key, entry in entries.items()} for entries in (former, value))
-            refuse_other_run(folder, *prefixed)
+            refuse_other_run(folder, *prefixed, num_processes)
         elif former != value:
+            remedy = "resume with the same configuration and data"
+            if name == "pairs_per_step":
+                remedy = _how_to_keep(former, {**current, **saved}["gradient_accumulation_steps"], num_processes)
             raise CheckpointError(
-                f"{folder}: the run had {name}={former!r}, this one has {value!r}; resume with the same "
-                "configuration and data, or choose another training.output_dir"
+                f"{folder}: the run had {name}={former!r}, this one has {value!r}; {remedy}, or choose another "
+                "training.output_dir"
             )
+
+
+def _how_to_keep(pairs_per_step: int, accumulation_steps: int, num_processes: int) -> str:
+    """Which settings give as many pairs per step, if any do."""
+    batch_size, rest = divmod(pairs_per_step, accumulation_steps * num_processes)
+    if rest:
+        return (
+            f"no training.per_device_train_batch_size keeps it on {num_processes} processes, resume with a number of "
+            f"processes that divides {pairs_per_step // accumulation_steps}"
+        )
+    return (
+        f"to keep it on {num_processes} process(es) set training.per_device_train_batch_size={batch_size} and "
+        f"training.gradient_accumulation_steps={accumulation_steps}"
+    )
 
 
 def model_identity(config: PreTrainedConfig) -> dict[str, Any]:
