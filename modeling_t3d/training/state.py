@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,6 +20,9 @@ from .checkpoints import CheckpointError
 from .files import PARTIAL_PREFIX, flush_folder, replace_folder
 from .processes import ProcessGroup
 from .sharded_state import model_tensors
+
+if TYPE_CHECKING:
+    from .trainer import T3DTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +151,8 @@ def refuse_other_run(folder: Path, saved: dict[str, Any], current: dict[str, Any
     for name, value in current.items():
         former = saved.get(name, value)
         if isinstance(former, dict) and isinstance(value, dict):
-            prefixed = ({f"{name}.{key}": entry for key, entry in entries.items()} for entries in (former, value))
-            refuse_other_run(folder, *prefixed, num_processes)
+            before, now = ({f"{name}.{key}": entry for key, entry in entries.items()} for entries in (former, value))
+            refuse_other_run(folder, before, now, num_processes)
         elif former != value:
             remedy = "resume with the same configuration and data"
             if name == "pairs_per_step":
@@ -174,7 +177,29 @@ def _how_to_keep(pairs_per_step: int, accumulation_steps: int, num_processes: in
     )
 
 
-def model_identity(config: PreTrainedConfig) -> dict[str, Any]:
+def run_identity(trainer: "T3DTrainer") -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run; of data and batches what they say themselves."""
+    return {
+        "seed": trainer.args.seed,
+        "drop_last": trainer.args.drop_last,
+        "pairs_per_step": trainer.pairs_per_step,
+        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
+        "gradient_caching": trainer.args.gradient_caching,
+        "num_pairs": len(trainer.train_dataset),
+        "order": trainer.sampler.identity,
+        "data": getattr(trainer.train_dataset, "fingerprint", None),
+        "num_batches": trainer.sampler.num_batches,
+        # As the checkpoint's JSON has it: lists, not tuples.
+        "batches": json.loads(json.dumps(getattr(trainer.collator, "identity", None))),
+        "batch_norm": trainer.args.batch_norm,
+        "ema_decay": trainer.args.ema_decay,
+        "frozen_vision_layers": trainer.args.frozen_vision_layers,
+        "frozen_parameters": trainer.args.frozen_parameters,
+        "model": _model_identity(trainer.unwrapped_model.config),
+    }
+
+
+def _model_identity(config: PreTrainedConfig) -> dict[str, Any]:
     """A model's configuration as JSON has it, without what says nothing of how the model computes."""
 
     def computed(entries: dict[str, Any]) -> dict[str, Any]:
@@ -219,4 +244,4 @@ def save_model_folder(
     return target
 
 
-__all__ = ["TrainerState", "TrainingResult", "model_identity", "refuse_other_run", "save_model_folder"]
+__all__ = ["TrainerState", "TrainingResult", "refuse_other_run", "run_identity", "save_model_folder"]

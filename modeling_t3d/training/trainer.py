@@ -2,7 +2,6 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """One Accelerate loop: prepare, step, log, validate, save, resume. Model, data and metrics arrive as arguments."""
 
-import json
 import logging
 import math
 import time
@@ -47,7 +46,7 @@ from .sampling import BatchStream, KeyedDataset, ShardedBatchSampler, stable_see
 from .session import RunSession
 from .sharded_state import model_tensors, write_tensors
 from .sharding import clip_gradients, gradient_norm
-from .state import TrainerState, TrainingResult, model_identity, save_model_folder
+from .state import TrainerState, TrainingResult, run_identity, save_model_folder
 from .stopping import EXIT_STATUS_INTERRUPTED, StopRequest, obey_parent_alone, stop_signals_held
 
 logger = logging.getLogger(__name__)
@@ -382,7 +381,7 @@ class T3DTrainer:
             model=self.unwrapped_model,
             optimizer=self.optimizer,
             extra=self.extra_state,
-            state={"trainer": asdict(self.state), "metrics": self.metrics, "run": self._run_identity()},
+            state={"trainer": asdict(self.state), "metrics": self.metrics, "run": run_identity(self)},
             add_files=self._save_configuration,
         )
 
@@ -399,30 +398,9 @@ class T3DTrainer:
             if self.processor is not None:
                 self.processor.save_pretrained(target)
 
-    def _run_identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run; of data and batches what they say themselves."""
-        return {
-            "seed": self.args.seed,
-            "drop_last": self.args.drop_last,
-            "pairs_per_step": self.pairs_per_step,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "gradient_caching": self.args.gradient_caching,
-            "num_pairs": len(self.train_dataset),
-            "order": self.sampler.identity,
-            "data": getattr(self.train_dataset, "fingerprint", None),
-            "num_batches": self.sampler.num_batches,
-            # As the checkpoint's JSON has it: lists, not tuples.
-            "batches": json.loads(json.dumps(getattr(self.collator, "identity", None))),
-            "batch_norm": self.args.batch_norm,
-            "ema_decay": self.args.ema_decay,
-            "frozen_vision_layers": self.args.frozen_vision_layers,
-            "frozen_parameters": self.args.frozen_parameters,
-            "model": model_identity(self.unwrapped_model.config),
-        }
-
     def _resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint; returns this process's random state."""
-        found = self.checkpoints.resume(self.unwrapped_model, self.optimizer, self.extra_state, self._run_identity())
+        found = self.checkpoints.resume(self.unwrapped_model, self.optimizer, self.extra_state, run_identity(self))
         if found is None:
             return None
         warn_of_inexact_resumption(self.accelerator)
