@@ -75,8 +75,8 @@ setup(
         # 1.5.0 refuses torch from 2.7 on.
         "monai>=1.5.1",
         "evaluate>=0.4.3",
-        # Stored volumes: addresses and checksums. Evaluate needs both, too. Before 2025.5 a loader process that was forked
-        # from one that had read over a network waited for ever.
+        # Stored volumes: addresses and checksums. Evaluate needs both, too. Before 2025.5 a loader process that was
+        # forked from one that had read over a network waited for ever.
         "fsspec>=2025.5.1",
         "xxhash>=3.0",
     ],
