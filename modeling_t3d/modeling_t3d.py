@@ -459,7 +459,16 @@ class T3DModel(T3DPreTrainedModel):
         """The text tower's output, and its tokens pooled to `(batch, hidden_size)`, before the projection.
 
         Arguments as those of [`~T3DModel.get_text_features`].
+
+        Raises:
+            ValueError: no texts, or texts that are not `(batch, tokens)`.
         """
+        if input_ids is None or input_ids.ndim != 2:
+            given = "none" if input_ids is None else f"shape {tuple(input_ids.shape)}"
+            raise ValueError(
+                f"a report's embedding needs input_ids of shape (batch, tokens), got {given}; pass what the "
+                "processor returns for a list of texts"
+            )
         segments = {"token_type_ids": token_type_ids} if self._takes_token_types else {}
         output = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **kwargs

@@ -380,6 +380,19 @@ def test_a_model_without_volumes_says_what_it_needs():
         T3DModel(tiny_config())(input_ids=torch.tensor([[2, 5]]))
 
 
+@pytest.mark.parametrize(
+    ("input_ids", "given"),
+    [(None, "none"), (torch.tensor([2, 5, 3]), r"shape \(3,\)"), (torch.ones(1, 2, 3).long(), r"shape \(1, 2, 3\)")],
+)
+def test_a_model_without_a_batch_of_texts_says_what_it_needs(input_ids, given):
+    model = T3DModel(tiny_config())
+    message = rf"needs input_ids of shape \(batch, tokens\), got {given}; pass what the processor returns"
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=input_ids, **image_inputs(tiny_batch()))
+    with pytest.raises(ValueError, match=message):
+        model.get_text_features(input_ids)
+
+
 @pytest.mark.parametrize("model_class", [T3DModel, T3DForPreTraining])
 def test_text_layers_are_frozen_after_loading(tmp_path, model_class):
     config = tiny_config(num_frozen_text_layers=1)
