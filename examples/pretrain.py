@@ -16,7 +16,6 @@ import gc
 import logging
 import sys
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,11 +28,7 @@ from modeling_t3d.data.manifest import read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.streaming import StreamingDataset
-from modeling_t3d.evaluation.encoding import embed_samples, evaluation_samples
-from modeling_t3d.evaluation.leak import measure_leak
-from modeling_t3d.evaluation.restoration import measure_restoration
-from modeling_t3d.evaluation.retrieval import report_volume_retrieval
-from modeling_t3d.evaluation.zero_shot import encode_prompt_pairs, evaluate_embeddings, logit_scale_of, make_prompts
+from modeling_t3d.evaluation.held_out import HeldOutEvaluation
 from modeling_t3d.processing_t3d import read_descriptions
 from modeling_t3d.training.arguments import (
     ConfigurationError,
@@ -50,9 +45,6 @@ from modeling_t3d.training.trainer import EXIT_STATUS_INTERRUPTED, T3DTrainer
 from modeling_t3d.training.validation import ValidationLosses
 
 logger = logging.getLogger("pretrain")
-
-# Validation batches whose views are shuffled: the control costs two passes over each.
-NUM_LEAK_BATCHES = 4
 
 
 def build_processor(settings: PretrainingConfiguration, reports: list[str]) -> T3DProcessor:
@@ -100,47 +92,6 @@ def build_model(settings: ModelArguments, tokenizer) -> T3DForPreTraining:
         text or AutoModel.from_config(config.text_config),
         **{name: value for name, value in config.to_diff_dict().items() if name not in towers},
     )
-
-
-def build_evaluation(held_out: PretrainingDataset, losses: ValidationLosses, processor: T3DProcessor):
-    """Losses on held-out pairs, leak control, retrieval and, where the manifest has labels, zero-shot AUROC."""
-    findings = list(dict.fromkeys(name for row in held_out.rows for name in row.labels))
-    prompts = make_prompts(findings, descriptions=processor.finding_descriptions)
-
-    def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        metrics = losses(model)
-        # Views are shuffled within a process's batch; how many processes there are is known when they run.
-        shuffles = losses.sampler().batch_size > 1
-        if model.config.lambda_tma and shuffles:
-            report = measure_leak(model, islice(losses.batches(), NUM_LEAK_BATCHES))
-            logger.info("leak control: %s", report.describe())
-            metrics["loss_tma_shuffled"] = report.loss_shuffled
-            if report.leak is not None:
-                metrics["tma_leak"] = report.leak
-        if model.config.lambda_tir and shuffles:
-            restored = measure_restoration(model, islice(losses.batches(), NUM_LEAK_BATCHES))
-            logger.info("restoration control: %s", restored.describe())
-            metrics["loss_tir_shuffled"] = restored.loss_shuffled
-        views = None if model.config.view_fusion == "global" else processor.image_processor.num_local_views or None
-        embeddings = embed_samples(model, processor, evaluation_samples(held_out, views=views), findings)
-        if prompts:
-            pairs = encode_prompt_pairs(model, processor.tokenizer, prompts)
-            results = evaluate_embeddings(
-                embeddings, *pairs, logit_scale_of(model), prompts=prompts, num_resamples=0, ks=(5,)
-            )
-            metrics["macro_auroc"] = results.zero_shot.auroc("macro")
-        retrieval = report_volume_retrieval(
-            embeddings.image_embeds,
-            embeddings.text_embeds,
-            study_ids=embeddings.study_ids,
-            reports=embeddings.reports,
-            patient_ids=embeddings.patient_ids,
-            num_resamples=0,
-        )
-        metrics |= {f"{name}_median_rank": result.median_rank for name, result in retrieval.items()}
-        return metrics
-
-    return evaluate
 
 
 def build_trainer(
@@ -199,7 +150,7 @@ def build_trainer(
     if data.validation_split:
         parts.append(PretrainingDataset(manifest.split(data.validation_split), **shared))
         losses = ValidationLosses(parts[1], collator, training.per_device_train_batch_size)
-        evaluate = build_evaluation(parts[1], losses, processor)
+        evaluate = HeldOutEvaluation(parts[1], losses, processor)
     options = {"evaluate": evaluate, "processor": processor, "card_facts": facts}
     collator, options["batch_transform"] = changing_collator(
         collator,
