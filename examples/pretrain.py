@@ -151,6 +151,7 @@ def build_trainer(
         parts.append(PretrainingDataset(manifest.split(data.validation_split), **shared))
         losses = ValidationLosses(parts[1], collator, training.per_device_train_batch_size)
         evaluate = HeldOutEvaluation(parts[1], losses, processor)
+        facts["evaluation_protocol"] = evaluate.describe()
     options = {"evaluate": evaluate, "processor": processor, "card_facts": facts}
     collator, options["batch_transform"] = changing_collator(
         collator,

@@ -72,6 +72,8 @@ def test_the_best_checkpoint_holds_the_validated_average(tmp_path):
     for name, value in seen[8].items():
         assert torch.equal(averaged[name], value)
     assert not torch.equal(weights["projection.weight"], averaged["projection.weight"])
+    for folder in (best, best / "averaged"):
+        assert "Measured after step 8 of 8, on the averaged weights" in (folder / "README.md").read_text()
     verify_checkpoint(best)
     (best / "averaged" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"averaged/model\.safetensors is missing"):

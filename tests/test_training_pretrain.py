@@ -17,11 +17,12 @@ from transformers import AutoModelForPreTraining, AutoProcessor, BertConfig, Ber
 
 from modeling_t3d import T3DConfig, T3DImageProcessor, T3DModel, T3DVisionModel
 from modeling_t3d.data.phantom_files import write_phantoms
+from modeling_t3d.data.phantom_findings import FINDINGS
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.phantom_studies import phantom_seeds
 from modeling_t3d.data.store import VolumeStore
 from modeling_t3d.training.arguments import ConfigurationError, ModelArguments, load_configuration
-from modeling_t3d.training.checkpoints import CheckpointError, read_state
+from modeling_t3d.training.checkpoints import CheckpointError, list_checkpoints, read_state
 from modeling_t3d.training.files import hash_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,20 @@ def test_phantoms_train_and_the_card_is_filled(pretrain, phantoms, tmp_path):
         "from scratch",
     ):
         assert text in card
+    for text in (
+        "Metrics of split 'validation': 3 volumes of 3 studies and 3 patients",
+        f"over those of {len(FINDINGS)} findings",
+        f'{len(FINDINGS)} pairs of prompts: "{{}} is present." against "{{}} is not present."',
+        "batches of at most 2 pairs per process",
+        "Measured after step 3 of 3.",
+    ):
+        assert text in card
+    assert "datasets:" not in card  # whose entries are data sets of the Hub
     assert "{{" not in card
+    early, last = ((step / "README.md").read_text() for step in list_checkpoints(tmp_path / "run"))
+    assert last == card
+    assert "2 optimiser steps, 4 volume-report pairs" in early
+    assert "No validation was run before these weights were saved." in early
     assert str(tmp_path) not in card
     assert str(phantoms.parent) not in card
 
@@ -309,7 +323,7 @@ def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
         writer.writerow(["volume", "report", "patient_id", "study_id"])
         for number, (volume, report) in enumerate(zip(volumes, reports, strict=True)):
             writer.writerow([volume, report.read_text(), f"p{number}", f"s{number}"])
-    overrides = ("data.synthetic=false", "data.license=null", "data.name=sample scans", "data.sections=both")
+    overrides = ("data.synthetic=false", "data.license=null", "data.name=clinic/sample-scans", "data.sections=both")
     settings = settings_for(manifest, tmp_path / "run", *overrides)
     assert pretrain.train(settings, resume=False) == 0
     settings = settings_for(manifest, tmp_path / "run", *overrides, "training.max_steps=5")
@@ -328,6 +342,7 @@ def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
     assert steps[-1] == 5
     card = (folder / "README.md").read_text()
     assert "license: other" in card
+    assert "datasets:\n- clinic/sample-scans\n" in card
     assert "synthetic" not in card
 
 

@@ -15,7 +15,7 @@ from .leak import measure_leak
 from .restoration import measure_restoration
 from .retrieval import report_volume_retrieval
 from .statistics import area_under_roc_per_finding, macro_mean
-from .zero_shot import encode_prompt_pairs, logit_scale_of, make_prompts, zero_shot_logits
+from .zero_shot import DEFAULT_TEMPLATES, encode_prompt_pairs, logit_scale_of, make_prompts, zero_shot_logits
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class HeldOutEvaluation:
 
     Args:
         dataset: the held-out pairs, as `PretrainingDataset`: `rows`, `prepared(index)`, `image_processor`.
-        losses: model -> mean losses, with `batches()` and `sampler()`, as `ValidationLosses`.
+        losses: model -> mean losses, with `batches()`, `sampler()` and `batch_size`, as `ValidationLosses`.
         processor: the `T3DProcessor` that is trained with.
         seed: of the places of local views and of the controls' shuffles.
     """
@@ -74,6 +74,29 @@ class HeldOutEvaluation:
             num_resamples=0,
         )
         return metrics | {f"{name}_median_rank": result.median_rank for name, result in retrieval.items()}
+
+    def describe(self) -> str:
+        """How the metrics come about, in sentences for a model card."""
+        rows = self.dataset.rows
+        splits = ", ".join(sorted({repr(row.split) for row in rows}))
+        sentences = [
+            f"Metrics of split {splits}: {len(rows)} volumes of {len({row.study_id for row in rows})} studies and "
+            f"{len({row.patient_id for row in rows})} patients, as single values without intervals.",
+            f"Losses are means over whole batches of at most {self.losses.batch_size} pairs per process.",
+            "Median ranks are those of a report's volume, and of a volume's report, among all studies.",
+            f"Seed of the local views' places and of the controls: {self.seed}.",
+        ]
+        if self.prompts:
+            templates = "; ".join(f'"{present}" against "{absent}"' for present, absent in DEFAULT_TEMPLATES)
+            descriptions = ", with the processor's descriptions" if self.processor.finding_descriptions else ""
+            sentences.insert(
+                1,
+                "`macro_auroc` is the mean area under the ROC curve of the zero-shot scores of studies, over those of "
+                f"{len(self.prompts)} findings that some have and some have not; labels are the manifest's. "
+                f"{sum(map(len, self.prompts.values()))} pairs of prompts: {templates}, {{}} being the label's "
+                f"name{descriptions}.",
+            )
+        return " ".join(sentences)
 
     def _macro_auroc(self, model: Any, embeddings: Embeddings) -> float:
         """Mean over the findings, of studies' zero-shot scores."""

@@ -242,7 +242,8 @@ class DataArguments:
             share of texts whose findings are described; none by default.
         finding_descriptions (`str`, *optional*): JSON file, finding -> what it is; prompts carry it, and texts by
             their own setting.
-        name, license (`str`, *optional*): for the model card and the provenance in the configuration.
+        name, license (`str`, *optional*): for the model card and the provenance in the configuration; a data set of
+            the Hub goes by its id, `owner/name`.
         synthetic (`bool`, defaults to `False`): the volumes are no patients but phantoms; said in the card, and once
             by whatever uses the model.
     """

@@ -3,6 +3,7 @@
 """Fills the model card of a checkpoint from what the run knows; a fact that is missing raises instead of staying
 blank. The template is `model_card.md` in this folder."""
 
+import re
 import sys
 from functools import cache
 from importlib import metadata
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .arguments import T3DTrainingArguments
 from .files import hash_file
 
+CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 _OBJECTIVE_FIELDS = (
     "contrastive_loss",
@@ -62,7 +64,7 @@ def fill_model_card(
     num_truncated: int = 0,
     max_report_tokens: int = 512,
     base_models: tuple[str, ...] = (),
-    evaluation_protocol: str = "Metrics of the validation rows at the end of training, as logged.",
+    evaluation_protocol: str = "Metrics of the validation rows, as logged.",
 ) -> str:
     """
     The card of one checkpoint.
@@ -72,8 +74,10 @@ def fill_model_card(
         args ([`T3DTrainingArguments`]): the settings.
         processor (*optional*): its image processor's `describe()` states the preprocessing contract.
         metrics (`dict[str, float]`, *optional*): of the last validation.
-        run (`dict`): `steps`, `volumes`, `minutes`, `processes`, `device`, `precision`.
-        title, data_name, data_description, data_license (`str`): what it was trained on.
+        run (`dict`): `steps`, `volumes`, `minutes`, `processes`, `device`, `precision`; `evaluated_step`, which the
+            metrics belong to.
+        title, data_name, data_description, data_license (`str`): what it was trained on. A name of the form
+            `owner/name` is that of a data set on the Hub, and enters the metadata, which takes no others.
         synthetic (`bool`): the data are phantoms; the card then says what that means.
         num_reports, num_truncated, max_report_tokens (`int`): texts, and how many were cut at how many tokens.
         base_models (`tuple[str, ...]`): the pretrained parts.
@@ -93,6 +97,7 @@ def fill_model_card(
         # Weights keep their terms, whatever they are trained on.
         license="other" if has_other_terms or not data_license else data_license,
         language="en",
+        datasets=[data_name] if re.fullmatch(r"[\w.-]+/[\w.-]+", data_name) else None,
         # A folder on this machine is no base model that others could follow.
         base_model=[name for name in base_models if not Path(name).exists()] or None,
         tags=["medical", "ct", "3d", "vision-language", "t3d", *(["synthetic-data"] if synthetic else [])],
@@ -160,4 +165,4 @@ def _describe_tower(config: dict[str, Any] | None) -> str:
     return f"{kind}, {config.get('num_hidden_layers')} layers or blocks, {config.get('hidden_size')} channels"
 
 
-__all__ = ["fill_model_card", "provenance"]
+__all__ = ["CARD_FILE", "fill_model_card", "provenance"]

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .arguments import ConfigurationError
 from .checkpoints import CheckpointError
-from .files import PARTIAL_PREFIX, flush_folder, replace_folder
+from .files import PARTIAL_PREFIX, flush_folder, replace_folder, write_text
+from .model_card import CARD_FILE
 from .processes import ProcessGroup
 from .sharded_state import model_tensors
 
@@ -237,7 +238,7 @@ def save_model_folder(
             model.save_pretrained(partial, state_dict=tensors)
             if processor is not None:
                 processor.save_pretrained(partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            write_text(partial / CARD_FILE, card)
             flush_folder(partial)
             before_rename()
             replace_folder(partial, target)

@@ -23,8 +23,9 @@ from .arguments import T3DTrainingArguments
 from .averaging import WeightAverage
 from .batch_norm import training_mode
 from .checkpoints import AVERAGED_FOLDER, MODEL_FILE, Stateful, random_state, restore_random_state
+from .files import write_text
 from .guard import NonFiniteGuard
-from .model_card import fill_model_card
+from .model_card import CARD_FILE, fill_model_card
 from .model_setup import set_up_model
 from .optimization import clamp_logit_scale, learning_rate, parameter_groups, shrink_place_weights
 from .parallel import refuse_shared_samples, step_gradients, wrap_model
@@ -386,14 +387,19 @@ class T3DTrainer:
         )
 
     def _save_configuration(self, folder: Path) -> None:
-        """What lets `from_pretrained` read a checkpoint, and in `averaged/` the averaged weights, if they are kept."""
+        """
+        What lets `from_pretrained` read a checkpoint, with its card, and in `averaged/` the averaged weights, if they
+        are kept.
+        """
         folders = [folder]
         if self.average is not None:
             folders.append(folder / AVERAGED_FOLDER)
             folders[-1].mkdir()
             with self.average.applied():
                 write_tensors(model_tensors(self.unwrapped_model), folders[-1] / MODEL_FILE)
+        card = self._model_card()
         for target in folders:
+            write_text(target / CARD_FILE, card)
             self.unwrapped_model.config.save_pretrained(target)
             if self.processor is not None:
                 self.processor.save_pretrained(target)
@@ -410,17 +416,18 @@ class T3DTrainer:
             set_seed(stable_seed(self.args.seed, self.processes.rank, self.state.step) % 2**32)
         return random_state_of_rank
 
-    def _save_model(self) -> Path:
-        """Write the folder that others load: model, processor and model card."""
+    def _model_card(self) -> str:
+        """The card of the weights as they are now."""
         run = {
             "steps": self.state.step,
+            "evaluated_step": self.state.evaluated_step,
             "volumes": self.state.num_volumes,
             "minutes": self.state.elapsed_seconds / 60,
             "processes": self.accelerator.num_processes,
             "device": device_name(self.accelerator.device),
             "precision": self.accelerator.mixed_precision,
         }
-        card = fill_model_card(
+        return fill_model_card(
             self.unwrapped_model,
             self.args,
             processor=self.processor,
@@ -428,7 +435,10 @@ class T3DTrainer:
             run=run,
             **self.card_facts,
         )
-        folder, check = self.output_dir / "model", self.session.check
+
+    def _save_model(self) -> Path:
+        """Write the folder that others load: model, processor and model card."""
+        folder, card, check = self.output_dir / "model", self._model_card(), self.session.check
         with self._averaged():
             return save_model_folder(folder, self.unwrapped_model, self.processor, card, self.processes, check)
 
