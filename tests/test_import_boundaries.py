@@ -231,6 +231,11 @@ def test_accelerate_is_imported_in_training_alone():
             assert "accelerate" not in {module.split(".")[0] for _, module, _ in imports_of(path)}, path.name
 
 
+def test_metrics_know_no_other_process():
+    for path in (PACKAGE / "evaluation" / "statistics.py", *(PACKAGE / "evaluation" / "metrics").glob("*.py")):
+        assert "torch" not in {module.split(".")[0] for _, module, _ in imports_of(path)}, path.name
+
+
 def test_package_imports_neither_examples_nor_tests():
     for path in PACKAGE.rglob("*.py"):
         packages = {module.split(".")[0] for level, module, _ in imports_of(path) if level == 0}
@@ -238,7 +243,8 @@ def test_package_imports_neither_examples_nor_tests():
 
 
 def test_import_does_not_load_heavy_packages():
-    code = "import sys, modeling_t3d; print(*[n for n in ('monai', 'nibabel', 'accelerate') if n in sys.modules])"
+    heavy = ("monai", "nibabel", "accelerate", "evaluate")
+    code = f"import sys, modeling_t3d; print(*[name for name in {heavy} if name in sys.modules])"
     baseline = (
         "import sys, torch; from transformers import PreTrainedModel, AutoModel, AutoProcessor; print(*sys.modules)"
     )
