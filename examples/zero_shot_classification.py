@@ -26,6 +26,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or Hub id of a T3D checkpoint")
     parser.add_argument("--volume", required=True, nargs="+", help="one or more scans: files or DICOM folders")
     parser.add_argument("--labels", required=True, nargs="+", help="names to score")
+    parser.add_argument(
+        "--hypothesis-template",
+        nargs="+",
+        metavar="TEMPLATE",
+        help="how a label becomes a prompt, {} being its name: one template, or two for present and absent (default: "
+        "those of the checkpoint)",
+    )
     parser.add_argument("--views", help="'grid' or a number of random local views (default: what the model needs)")
     parser.add_argument("--view-batch-size", type=int, default=8, help="local views at once; bounds memory")
     scoring = parser.add_mutually_exclusive_group()
@@ -64,6 +71,7 @@ def main() -> int:
         sys.exit(f"--device {arguments.device}: this torch finds no CUDA device; leave --device out or give cpu")
     refuse_other_models(arguments.model)
     classifier = pipeline("zero-shot-volume-classification", model=arguments.model, device=arguments.device)
+    template = arguments.hypothesis_template
     width = max(map(len, arguments.labels))
     status = 0
     for path in arguments.volume:
@@ -71,6 +79,7 @@ def main() -> int:
             scores = classifier(
                 path,
                 candidate_labels=arguments.labels,
+                hypothesis_template=template[0] if template and len(template) == 1 else template,
                 multi_label=arguments.multi_label,
                 views=views,
                 view_batch_size=arguments.view_batch_size,

@@ -382,6 +382,25 @@ def test_example_prints_a_table(tmp_path, scan, monkeypatch, capsys):
         assert (sum(scores) == pytest.approx(1, abs=2e-3)) == (scoring == ["--softmax"])
 
 
+def test_example_takes_the_wording_of_prompts(tmp_path, scan, monkeypatch, capsys):
+    make_model().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    classifier = pipeline("zero-shot-volume-classification", model=str(tmp_path), device="cpu")
+    script = str(ROOT / "examples" / "zero_shot_classification.py")
+    plain = ["--model", str(tmp_path), "--volume", str(scan), "--labels", *LABELS[:2], "--device", "cpu"]
+    printed = []
+    for templates in ([], ["scan shows {}"], ["scan shows {}", "absent {}"]):
+        given = ["--hypothesis-template", *templates] if templates else []
+        monkeypatch.setattr(sys, "argv", [script, *plain, *given])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(script, run_name="__main__")
+        printed.append(capsys.readouterr().out)
+        options = {1: {"hypothesis_template": "scan shows {}"}, 2: {"hypothesis_template": templates}}
+        for entry in classifier(str(scan), LABELS[:2], **options.get(len(templates), {})):
+            assert re.search(rf"{entry['label']} +{entry['score']:.3f}\n", printed[-1])
+    assert len(set(printed)) == 3
+
+
 def test_example_ends_with_one_line_for_what_cannot_be_right(tmp_path, scan, monkeypatch):
     model, run, other = tmp_path / "run" / "model", tmp_path / "run", tmp_path / "classifier"
     make_model().save_pretrained(model)
@@ -394,6 +413,7 @@ def test_example_ends_with_one_line_for_what_cannot_be_right(tmp_path, scan, mon
         (["--model", tmp_path / "none"], "neither a folder with a checkpoint"),
         (["--model", model, "--labels", ""], "candidate_labels is empty"),
         (["--model", model, "--view-batch-size", "0"], "view_batch_size"),
+        (["--model", model, "--hypothesis-template", "shows"], "'shows' must hold {} exactly once"),
         (["--model", model, "--device", "cuda:0"], "finds no CUDA device"),
     ):
         if "--device" in options and torch.cuda.is_available():
