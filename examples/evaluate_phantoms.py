@@ -16,7 +16,7 @@ from pathlib import Path
 from modeling_t3d import T3DForPreTraining, T3DProcessor, Volume
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import ManifestError, read_manifest
-from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS
+from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, FINDINGS, ORGANS, phantom_version
 from modeling_t3d.data.sources import read_row
 from modeling_t3d.evaluation.pretraining import evaluate_pretrained, plot_case
 from modeling_t3d.volume_io_t3d import read_label_map
@@ -98,6 +98,7 @@ def main() -> None:
         groups=GROUPS,
         num_resamples=arguments.num_resamples,
     )
+    results.extra["phantom_version"] = phantom_version(arguments.manifest.parent)
     print(results.to_markdown())
     print(f"results: {results.save(arguments.output)}")
     picture = draw_case(model, processor, splits["test"], arguments.output / "attention.png")

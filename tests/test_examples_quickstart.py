@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from modeling_t3d.data.phantoms import EVALUATION_PROMPTS
+from modeling_t3d.data.phantoms import EVALUATION_PROMPTS, PHANTOM_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +52,7 @@ def test_phantoms_pretraining_evaluation_and_the_embedding_of_a_scan(tmp_path):
     assert all(finding in said for finding in EVALUATION_PROMPTS)
     assert Image.open(tmp_path / "evaluation" / "attention.png").size[0] > 100
     assert results["protocol"]["num_studies"] == 12
+    assert results["extra"] == {"phantom_version": PHANTOM_VERSION}
     assert {"diffuse", "focal", "macro"} <= results["zero_shot"]["groups"].keys()
     assert {"shortcut baseline", "linear probe"} <= results["comparisons"].keys()
     untrained = phantoms / "no-train.csv"

@@ -116,6 +116,12 @@ def check_settings(plan: WritePlan) -> None:
         os.replace(partial, note)
 
 
+def phantom_version(folder: Path) -> str | None:
+    """Version of the generator that made a folder's phantoms; `None` where no note in it says so."""
+    note = folder / SETTINGS_NAME
+    return json.loads(note.read_text(encoding="utf-8"))["version"] if note.exists() else None
+
+
 def write_study(plan: WritePlan, seed: int) -> dict[str, Any]:
     """Write one study's files unless they are there, and return its row of the manifest."""
     suffix = ".nii.gz" if plan.compress else ".nii"
@@ -156,4 +162,4 @@ def turned(volume: Volume, seed: int) -> Volume:
     return Volume(np.ascontiguousarray(array), affine)
 
 
-__all__ = ["PhantomFolderError", "write_phantoms"]
+__all__ = ["PhantomFolderError", "phantom_version", "write_phantoms"]

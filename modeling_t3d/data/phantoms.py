@@ -6,7 +6,7 @@ The generator is deterministic and versioned: the same seed and `PHANTOM_VERSION
 """
 
 from .phantom_anatomy import ORGANS
-from .phantom_files import PhantomFolderError, write_phantoms
+from .phantom_files import PhantomFolderError, phantom_version, write_phantoms
 from .phantom_findings import FINDINGS, FindingSpec, Lesion
 from .phantom_reports import train_phantom_tokenizer
 from .phantom_scan import ScanSettings
@@ -36,6 +36,7 @@ __all__ = [
     "patient_number",
     "phantom_seeds",
     "phantom_split",
+    "phantom_version",
     "train_phantom_tokenizer",
     "write_phantoms",
 ]
