@@ -13,6 +13,8 @@ import logging
 import sys
 from pathlib import Path
 
+from zero_shot_classification import refuse_other_models
+
 from modeling_t3d import T3DForPreTraining, T3DProcessor, Volume
 from modeling_t3d.data.datasets import PretrainingCollator, PretrainingDataset
 from modeling_t3d.data.manifest import ManifestError, read_manifest
@@ -59,7 +61,7 @@ def draw_case(model: T3DForPreTraining, processor: T3DProcessor, test: Pretraini
 def main() -> None:
     """Load the folder, evaluate, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder that pre-training saved")
+    parser.add_argument("--model", required=True, help="folder that pre-training saved")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest of phantoms with splits and masks")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json and attention.png")
     parser.add_argument(
@@ -71,6 +73,7 @@ def main() -> None:
     if arguments.num_probe < 0:
         parser.error(f"--num-probe must be 0 or more, got {arguments.num_probe}")
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    refuse_other_models(arguments.model)
     model = T3DForPreTraining.from_pretrained(arguments.model).eval()
     processor = T3DProcessor.from_pretrained(arguments.model)
     try:

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from modeling_t3d import T3DConfig, T3DForPreTraining, T3DImageProcessor, T3DProcessor, T3DVisionModel
 from modeling_t3d.data.collators import changing_collator, objective_collator
 from modeling_t3d.data.datasets import PretrainingDataset
-from modeling_t3d.data.manifest import read_manifest
+from modeling_t3d.data.manifest import ManifestError, read_manifest
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
 from modeling_t3d.data.shared_batches import SharedBatchCollator
 from modeling_t3d.data.streaming import StreamingDataset
@@ -105,6 +105,11 @@ def build_trainer(
         keeps_volumes (`bool`, defaults to `True`): make the folder of prepared volumes, where it is missing.
     """
     data, training, source = settings.data, settings.training, settings.model
+    if data.synthetic and not Path(data.manifest).exists():
+        raise ManifestError(
+            f"{data.manifest}: no such manifest; phantoms are made by `python examples/make_phantoms.py --output "
+            f"{Path(data.manifest).parent}`, those of the quickstart by `make quickstart`"
+        )
     manifest = read_manifest(data.manifest, sections=data.sections, min_report_words=data.min_report_words)
     logger.info("%s", manifest.describe())
     rows = manifest.split(data.train_split)

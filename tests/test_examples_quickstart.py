@@ -4,10 +4,12 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -68,3 +70,15 @@ def test_phantoms_pretraining_evaluation_and_the_embedding_of_a_scan(tmp_path):
     embedding = model.get_image_features(**processor(images=str(scan), return_tensors="pt")).pooler_output
     assert embedding.shape == (1, model.config.projection_dim)
     assert torch.isfinite(embedding).all()
+
+
+def test_evaluation_of_what_is_no_checkpoint_ends_with_one_line(tmp_path, monkeypatch):
+    script = ROOT / "examples" / "evaluate_phantoms.py"
+    monkeypatch.syspath_prepend(script.parent)
+    model = tmp_path / "none"
+    given = ["--model", model, "--manifest", tmp_path / "manifest.csv", "--output", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, given)])
+    with pytest.raises(
+        SystemExit, match=f"{model}: neither a folder with a checkpoint nor a model that the Hub gives"
+    ):
+        runpy.run_path(str(script), run_name="__main__")

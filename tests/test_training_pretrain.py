@@ -16,6 +16,7 @@ from testing_utils import shared_data
 from transformers import AutoModelForPreTraining, AutoProcessor, BertConfig, BertModel
 
 from modeling_t3d import T3DConfig, T3DImageProcessor, T3DModel, T3DVisionModel
+from modeling_t3d.data.manifest import ManifestError
 from modeling_t3d.data.phantom_files import write_phantoms
 from modeling_t3d.data.phantom_findings import FINDINGS
 from modeling_t3d.data.phantom_reports import train_phantom_tokenizer
@@ -307,6 +308,17 @@ def test_settings_of_a_tower_that_would_not_count_are_refused(pretrain, model, m
 def test_what_does_not_fit_is_refused_before_volumes_are_prepared(pretrain, phantoms, tmp_path, override, message):
     with pytest.raises(ConfigurationError, match=message):
         pretrain.build_trainer(settings_for(phantoms, tmp_path, override))
+
+
+def test_where_phantoms_come_from_is_said_where_their_manifest_is_missing(pretrain, tmp_path):
+    manifest = tmp_path / "phantoms" / "manifest.csv"
+    with pytest.raises(
+        ManifestError,
+        match=f"make_phantoms.py --output {manifest.parent}`, those of the quickstart by `make quickstart`",
+    ):
+        pretrain.build_trainer(settings_for(manifest, tmp_path / "run"))
+    with pytest.raises(ManifestError, match=r"no such manifest; give the path of a \.csv"):
+        pretrain.build_trainer(settings_for(manifest, tmp_path / "run", "data.synthetic=false"))
 
 
 def test_reports_are_cut_where_the_settings_say(pretrain, phantoms, tmp_path):
