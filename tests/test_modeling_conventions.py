@@ -391,10 +391,13 @@ def test_the_input_layer_of_each_class(kind):
 # --- the Trainer -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+# Local contrast holds a batch norm, which sees a micro-batch alone.
+@pytest.mark.parametrize(
+    ("kind", "accumulation"), [("resnet", 1), ("resnet", 2), ("vit", 1), ("vit", 2), ("local contrast", 1)]
+)
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
-def test_the_trainers_first_step_is_that_of_the_whole_batch(tmp_path, problem_type, accumulation):
-    model = build(T3DForImageClassification, "resnet", problem_type=problem_type, classifier_dropout=0.0).train()
+def test_the_trainers_first_step_is_that_of_the_whole_batch(tmp_path, problem_type, kind, accumulation):
+    model = build(T3DForImageClassification, kind, problem_type=problem_type, classifier_dropout=0.0).train()
     views = torch.randn(4, 1, 8, 16, 16)
     labels = torch.tensor([0, 2, 1, 1])
     if problem_type != "single_label_classification":
