@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MEASUREMENTS = {
     "inference": ("new_model", "measure"),
     "memory": ("memory_rows", "alignment_rows"),
+    "phantom_generation": ("generation_rows",),
     "tiling": ("plan_rows", "grid_rows", "peer_rows", "reassembly_rows"),
     "training": ("overhead_rows", "format_rows", "data_wait_rows"),
 }
