@@ -133,10 +133,9 @@ def plan_run(trainer: "T3DTrainer", batch: Mapping[str, torch.Tensor]) -> RunPla
     more_views = peak
     if "local_pixel_values" in batch:
         # Not fewer: prototypes may need every view that there is.
-        views = {name: batch[name] for name in ("local_pixel_values", "local_positions")}
-        more_views = forecast(
-            {**batch, **{name: torch.cat([value, value[:, :1]], dim=1) for name, value in views.items()}}, num_pairs
-        )
+        views = {name: value for name, value in batch.items() if name.startswith("local_")}
+        longer = {name: torch.cat([value, value[:, :1]], dim=1) for name, value in views.items()}
+        more_views = forecast({**batch, **longer}, num_pairs)
     weights = sum(value.numel() * value.element_size() for value in trainer.unwrapped_model.state_dict().values())
     trained = sum(value.numel() for value in trainer.unwrapped_model.parameters() if value.requires_grad)
     averages = 4 * trained if args.ema_decay is not None else 0
