@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import ROOT, STUB, Run, TrainingRuns, assert_same_weights, log_of, shared_runs, status
+from training_runs import ROOT, STUB, Run, TrainingRuns, assert_same_run, log_of, shared_runs, status
 from training_stub import NUM_SAMPLES
 
 from modeling_t3d.training.checkpoints import list_checkpoints, verify_checkpoint
 from modeling_t3d.training.sampling import ShardedBatchSampler
 
-SETTINGS = {"max_steps": 12, "save_steps": 4, "logging_steps": 4}
+SETTINGS = {"max_steps": 12, "save_steps": 4, "logging_steps": 4, "record": True}
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def assert_stopped(run: Run, folder: Path, cause: str, *, step: int) -> None:
 
 
 def assert_resumes(runs: TrainingRuns, run: Path, num_processes: int = 1, **settings) -> None:
-    """Resumed where it is well again, it ends with the weights of a run to which nothing happened."""
+    """Resumed where it is well again, it ends as a run to which nothing happened."""
     whole = run.with_name("whole")
     for place in (whole, run):
         assert runs.start(place, num_processes, resume=True, **settings).wait() == [0] * num_processes
-    assert_same_weights(whole, run)
+    assert_same_run(whole, run)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -13,10 +13,9 @@ import psutil
 import pytest
 from training_runs import (
     TrainingRuns,
-    assert_same_weights,
+    assert_same_run,
     launch,
     log_of,
-    samples_by_step,
     shared_runs,
     status,
     torchrun,
@@ -75,8 +74,7 @@ def kill_and_resume(runs: TrainingRuns, folder: Path, num_processes: int, num_ki
             process.signal(signal.SIGKILL, None if victim == "all" else moments.randrange(num_processes))
         assert not {0, None} & {*process.wait()}, f"kill {number}: {process.output()}"
     assert runs.start(run, num_processes, resume=True, **settings).wait() == [0] * num_processes
-    assert_same_weights(whole, run)
-    assert samples_by_step(run) == samples_by_step(whole)
+    assert_same_run(whole, run)
     assert_one_line_per_step(run, settings["max_steps"])
 
 
@@ -99,7 +97,7 @@ def kill_in_saves(runs: TrainingRuns, folder: Path, file_events: Sequence[int]) 
             verify_checkpoint(checkpoint)
     assert runs.start(run, resume=True, **settings).wait() == [0]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {f"step-{max_steps:08d}"}
-    assert_same_weights(whole, run)
+    assert_same_run(whole, run)
     assert_one_line_per_step(run, max_steps)
 
 
@@ -143,8 +141,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_running(runs, tmp_path, num_pr
     assert status(run)["status"] in ("failed", "running")
     for folder in (whole, run):
         assert runs.start(folder, num_processes, resume=True, **settings).wait() == [0] * num_processes
-    assert_same_weights(whole, run)
-    assert samples_by_step(run) == samples_by_step(whole)
+    assert_same_run(whole, run)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -180,7 +177,7 @@ def test_a_second_run_refuses_and_the_first_goes_on(runs, tmp_path):
     hold.unlink()
     assert first.wait() == [0], first.output()
     assert runs.start(whole, **settings).wait() == [0]
-    assert_same_weights(whole, run)
+    assert_same_run(whole, run)
 
 
 def test_a_run_that_was_taken_for_dead_writes_nothing_any_more(runs, tmp_path):
@@ -241,7 +238,7 @@ def test_signals_write_a_checkpoint_and_an_exit_status(runs, tmp_path):
         assert not (run / "model").exists()
     for folder in (whole, run):
         assert runs.start(folder, resume=True, **settings).wait() == [0]
-    assert_same_weights(whole, run)
+    assert_same_run(whole, run)
     assert_one_line_per_step(run, 30)
 
 
@@ -257,7 +254,7 @@ def test_a_signal_to_one_rank_stops_both(runs, tmp_path):
     assert process.wait() == [EXIT_STATUS_INTERRUPTED] * 2, process.output()
     for folder in (whole, run):
         assert runs.start(folder, 2, resume=True, **settings).wait() == [0, 0]
-    assert_same_weights(whole, run)
+    assert_same_run(whole, run)
 
 
 @pytest.mark.slow
@@ -277,7 +274,7 @@ def test_a_launcher_passes_a_signal_on_and_the_status_file_tells(runs, tmp_path)
     assert status(run)["status"] == "interrupted", output
     for folder in (whole, run):
         assert runs.start(folder, 2, resume=True, **settings).wait() == [0, 0]
-    assert_same_weights(whole, run)
+    assert_same_run(whole, run)
 
 
 @pytest.mark.slow

@@ -124,6 +124,7 @@ class TrainingRuns:
             settings: of `training_stub.build_trainer`, and `resume`.
         """
         environment, store = {}, None
+        settings = {**asked_for(num_processes), **settings}
         if num_processes > 1:
             # The store lives here, as it does in a launcher: no port is chosen that something else may take.
             store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -135,7 +136,6 @@ class TrainingRuns:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": 0,
             }
-            settings = {"num_processes": num_processes, **settings}
         processes, outputs = [], []
         for rank in range(num_processes):
             outputs.append(output_dir.with_name(f"{output_dir.name}-{time.time_ns()}-{rank}.txt"))
@@ -175,8 +175,14 @@ def wait_until(
         time.sleep(0.01)
 
 
-def launch(output_dir: Path, *launcher: str, **settings: Any) -> subprocess.Popen:
+def asked_for(num_processes: int) -> dict[str, Any]:
+    """Settings for which the trainer refuses to run as anything else."""
+    return {"num_processes": num_processes, "strategy": "ddp" if num_processes > 1 else "single"}
+
+
+def launch(output_dir: Path, *launcher: str, num_processes: int = 1, **settings: Any) -> subprocess.Popen:
     """A run of the stub under a launcher (`python -m ...`), or alone."""
+    settings = {**asked_for(num_processes), **settings}
     words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(STUB), str(output_dir), *words]
@@ -204,6 +210,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(value, second[name]), name
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights bit for bit, and with `record` the samples of every step, rank by rank."""
+    assert_same_weights(one, other)
+    assert samples_by_step(one) == samples_by_step(other)
+
+
 def status(output_dir: Path) -> dict[str, Any]:
     """`status.json`."""
     return json.loads((output_dir / "status.json").read_text())
@@ -217,7 +229,10 @@ def log_of(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def samples_by_step(output_dir: Path) -> dict[int, list[int]]:
-    """Of runs with `record`: step -> samples of its batch in the order of ranks, as the last run that took it had."""
+    """
+    Of runs with `record`: step -> samples of its batch in the order of ranks, as the last run that took it had. No
+    rank may have had another's.
+    """
     taken: dict[int, tuple[int, dict[int, list[int]]]] = {}
     for path in output_dir.glob("samples_*.jsonl"):
         for line in path.read_text().splitlines(keepends=True):
@@ -227,9 +242,12 @@ def samples_by_step(output_dir: Path) -> dict[int, list[int]]:
                     taken[step] = (fence, {})
                 if taken[step][0] == fence:
                     taken[step][1][int(path.stem.split("_")[1])] = samples
-    return {
+    batches = {
         step: [sample for rank in sorted(shares) for sample in shares[rank]] for step, (_, shares) in taken.items()
     }
+    for step, batch in batches.items():
+        assert len(set(batch)) == len(batch), f"step {step} has samples twice"
+    return batches
 
 
 # ---------------------------------------------------------------------------------------------- server

@@ -1,15 +1,12 @@
 # Copyright 2026 The modeling_t3d authors.
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
-"""The entry of each process of the distributed tests, which are spawned once per world size, and what it writes."""
+"""What each process of the distributed tests does, which are started once per world size."""
 
-import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from distributed_cases import (
     ACCUMULATED,
     BATCH_NORM,
@@ -24,6 +21,7 @@ from distributed_cases import (
     run_plain,
     run_sharded,
 )
+from process_ranks import join
 from trainer_cases import refusals, train
 
 
@@ -53,28 +51,12 @@ def run_all_sharded() -> dict[str, dict[str, Any]]:
     return runs
 
 
-def join(rank: int, world_size: int, store: str) -> None:
-    """Enter a new process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
-
-
-def run_rank(rank: int, world_size: int, folder: str) -> None:
-    """All runs on this rank's pairs, its results in a file."""
-    torch.set_num_threads(1)
-    # What a launcher would have set. The address is asked for, but the group meets in a file.
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost"}
-    os.environ |= {name: str(value) for name, value in launched.items()}
-    join(rank, world_size, f"{folder}/store")
-    strategy, refused = refusals()
+def run_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """All runs on this rank's pairs."""
     own_pairs = own_share({"pairs": torch.arange(NUM_PAIRS), "attention_mask": torch.ones(NUM_PAIRS, 9)})["pairs"]
     results = {
-        "world_size": dist.get_world_size(),
-        "strategy": strategy,
-        "pairs": own_pairs,
-        "refused": refused,
+        "samples": own_pairs.tolist(),
+        "refused": refusals(),
         "runs": run_all() | (run_all_sharded() if world_size > 1 else {}),
     }
     # The trainer ends the process group.
@@ -91,4 +73,4 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
             shutil.rmtree(f"{folder}/fsdp2/checkpoints/step-00000002")
         dist.barrier()
         results["resumed"] = train(num_processes=world_size, resume=True, **sharded, **caching)
-    torch.save(results, Path(folder) / f"rank_{rank}.pt")
+    return results

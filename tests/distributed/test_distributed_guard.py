@@ -2,18 +2,20 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """What one process alone sees is left out, or ends the run, on all of them, for the same reason."""
 
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from process_ranks import run_ranks
 
 from modeling_t3d.training.arguments import T3DTrainingArguments
 from modeling_t3d.training.guard import NonFiniteError, NonFiniteGuard
 from modeling_t3d.training.processes import ProcessGroup
+
+
+def samples_of(rank: int) -> list[int]:
+    """Of the step."""
+    return [10 * rank, 10 * rank + 1]
 
 
 def judge(rank: int, policy: str, broken_rank: int | None) -> bool | str:
@@ -21,30 +23,19 @@ def judge(rank: int, policy: str, broken_rank: int | None) -> bool | str:
     guard = NonFiniteGuard(torch.nn.Linear(1, 1), T3DTrainingArguments("unused", non_finite=policy), ProcessGroup())
     loss = torch.tensor(float("nan") if rank == broken_rank else 1.0)
     try:
-        return guard.admits(
-            {"loss": loss, "grad_norm": torch.tensor(1.0)}, 3, lambda: [10 * rank, 10 * rank + 1], False
-        )
+        return guard.admits({"loss": loss, "grad_norm": torch.tensor(1.0)}, 3, lambda: samples_of(rank), False)
     except NonFiniteError as error:
         return str(error)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """The judgements of this rank, in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def run_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """The judgements of this rank."""
     judged = [judge(rank, *case) for case in (("skip", None), ("skip", 1), ("stop", 1), ("stop", 0))]
-    torch.save({"judged": judged, "world_size": dist.get_world_size()}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"judged": judged, "samples": samples_of(rank)}
 
 
 def test_all_ranks_judge_alike(tmp_path: Path):
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["test_distributed_guard"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["world_size"] == second["world_size"] == 2
+    first, second = run_ranks(run_rank, 2, tmp_path)
     assert first["judged"] == second["judged"]
     admitted, skipped, *stopped = first["judged"]
     assert admitted is True

@@ -3,14 +3,11 @@
 """Assignments to prototypes over the views of several processes: those of one, for one message per iteration and one
 more."""
 
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from process_ranks import run_ranks
 
 from modeling_t3d.clustering_loss_t3d import sinkhorn_codes
 
@@ -25,26 +22,18 @@ def views() -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.rand(BOUNDS[-1], generator=generator) < 0.8
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """This rank's codes, and what was sent for them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(BOUNDS) - 1)
-    scores, mask = (values[BOUNDS[rank] : BOUNDS[rank + 1]] for values in views())
+    own = range(BOUNDS[rank], BOUNDS[rank + 1])
+    scores, mask = (values[own.start : own.stop] for values in views())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         codes = sinkhorn_codes(scores, mask, epsilon=0.05, num_iterations=NUM_ITERATIONS)
     messages = [event.name for event in profile.events() if event.name.startswith("c10d::")]
-    torch.save({"codes": codes, "messages": messages, "world_size": dist.get_world_size()}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"codes": codes, "messages": messages, "samples": list(own)}
 
 
 def test_ranks_share_the_prototypes_with_few_messages(tmp_path: Path):
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["test_distributed_sinkhorn"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    ranks = run_ranks(run_rank, len(BOUNDS) - 1, tmp_path)
     expected = sinkhorn_codes(*views(), epsilon=0.05, num_iterations=NUM_ITERATIONS)
     torch.testing.assert_close(torch.cat([rank["codes"] for rank in ranks]), expected, rtol=1e-12, atol=1e-14)
     for rank in ranks:

@@ -11,7 +11,7 @@ from distributed_cases import BATCH_NORM, build_batch, build_model
 from torch.utils.data import Dataset
 
 from modeling_t3d.training.arguments import ConfigurationError, T3DTrainingArguments
-from modeling_t3d.training.parallel import refuse_shared_samples, running_strategy, wrap_model
+from modeling_t3d.training.parallel import refuse_shared_samples, wrap_model
 from modeling_t3d.training.preflight import refuse_before_training
 from modeling_t3d.training.sampling import ShardedBatchSampler
 from modeling_t3d.training.trainer import T3DTrainer
@@ -78,8 +78,8 @@ def refusal(function: Any, *arguments: Any) -> str:
     return ""
 
 
-def refusals() -> tuple[str, dict[str, str]]:
-    """The strategy that runs, and what the trainer says to what it cannot do right."""
+def refusals() -> dict[str, str]:
+    """What the trainer says to what it cannot do right."""
     accelerator = Accelerator(cpu=True)
     world_size, rank = accelerator.num_processes, accelerator.process_index
 
@@ -92,7 +92,7 @@ def refusals() -> tuple[str, dict[str, str]]:
     def sampler(index: int, size: int = 100) -> ShardedBatchSampler:
         return ShardedBatchSampler(size, 4, num_processes=world_size, process_index=index)
 
-    return running_strategy(accelerator), {
+    return {
         "batch norm": wrap(),
         "frozen batch norm": wrap(batch_norm="frozen"),
         "cached batch norm": wrap(gradient_caching=True, caching_micro_batch_size=2),
