@@ -77,26 +77,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# Accumulated over two global micro-batches: what every objective does is the same, so some cases speak for all.
-# Sharding knows of objectives only which parameters they use.
-SHARDED = ("text, same query", "learnt temperature and soft targets", "attention over views", "restoration")
-ACCUMULATED = ("text, same query", "text, two negative pairs", "learnt temperature and soft targets")
-
-# Every objective once in float32, whose sums round with the order of ranks.
-SINGLE_PRECISION = (
-    "text, same query",
-    "text, own query",
-    "none",
-    "vision, own query",
-    "sigmoid",
-    "mean over views",
-    "restoration",
-    "prototypes",
-    "decorrelation",
-    "views aligned one by one",
-)
-
-
 def build_model(dtype: torch.dtype = torch.float64, *, seed: int = 0, **overrides: Any) -> T3DForPreTraining:
     """The same small model in every process, without dropout unless asked for."""
     torch.manual_seed(seed)
@@ -162,6 +142,12 @@ def own_share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return share(batch, sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
+def own_pairs() -> list[int]:
+    """The numbers of this rank's pairs."""
+    batch = {"pairs": torch.arange(NUM_PAIRS), "attention_mask": torch.ones(NUM_PAIRS, 9)}
+    return own_share(batch)["pairs"].tolist()
+
+
 def data_parallel(model: nn.Module) -> nn.Module:
     """Wrapped where there is a process group. The wrapper waits for the gradient of every parameter that it knows."""
     return DistributedDataParallel(model) if dist.is_initialized() else model
@@ -188,6 +174,8 @@ def results_of(model: nn.Module, terms: dict[str, torch.Tensor]) -> dict[str, An
 def run_plain(dtype: torch.dtype = torch.float64, **overrides: Any) -> dict[str, Any]:
     """One forward and backward pass over all pairs; data parallel where there is a group."""
     model = build_model(dtype, **overrides)
+    if "batch" in overrides.values():
+        freeze_batch_norm(model)
     wrapped = data_parallel(model)
     seed_draws()
     return results_of(model, accumulated_backward(wrapped, [own_share(build_batch(dtype=dtype))]))
@@ -281,6 +269,15 @@ def micro_batch_size() -> int:
     return MICRO_BATCH_SIZES[dist.get_world_size() if dist.is_initialized() else 1]
 
 
+def run_mean_of_two_batches(**overrides: Any) -> dict[str, Any]:
+    """The oracle of accumulation, in one process."""
+    model = build_model(**overrides)
+    seed_draws()
+    loss = torch.stack([model(**build_batch(seed)).loss for seed in (1, 2)]).mean()
+    loss.backward()
+    return results_of(model, {"loss": loss})
+
+
 def run_with_graph(world_size: int, **overrides: Any) -> dict[str, Any]:
     """The oracle with dropout, in one process: every rank's micro-batches, its random numbers, one graph, one loss."""
     model = build_model(**overrides)
@@ -293,3 +290,16 @@ def run_with_graph(world_size: int, **overrides: Any) -> dict[str, Any]:
     output = model.align(type(parts[0]).concatenate(parts))
     output.loss.backward()
     return results_of(model, {"loss": output.loss})
+
+
+def assert_same_gradients(
+    result: dict[str, Any], expected: dict[str, Any], limit: float = 1e-10, rounding: float = 1e-10
+) -> None:
+    """Error of each tensor in units of its own largest entry; where the true gradient is zero, of the model's."""
+    assert result["gradients"].keys() == expected["gradients"].keys()
+    largest = max(gradient.abs().max() for gradient in expected["gradients"].values())
+    for name, gradient in expected["gradients"].items():
+        assert result["gradients"][name] is not None, name
+        # Rounding leaves 1e-13 of the largest entry in a zero (1e-7 in float32); a gradient that is not zero has more.
+        scale = gradient.abs().max() if gradient.abs().max() > rounding * largest else largest
+        assert (result["gradients"][name] - gradient).abs().max() <= limit * scale, name

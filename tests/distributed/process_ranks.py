@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 
 from modeling_t3d.training.parallel import running_strategy
 
-# Of a test's rank: its number, how many there are, and a folder for all -> what it found, with its `samples`.
-RankFunction = Callable[[int, int, str], dict[str, Any]]
+# Of a test's rank: its number, how many there are, a folder for all, and more -> what it found, with its `samples`.
+RankFunction = Callable[..., dict[str, Any]]
 
 
 def join(rank: int, world_size: int, store: str) -> None:
@@ -33,7 +33,7 @@ def join(rank: int, world_size: int, store: str) -> None:
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
 
 
-def run_ranks(function: RankFunction, world_size: int, folder: Path) -> list[dict[str, Any]]:
+def run_ranks(function: RankFunction, world_size: int, folder: Path, *more: Any) -> list[dict[str, Any]]:
     """What each of `world_size` processes found, in the order of ranks."""
     # A server that has imported everything forks the ranks: quicker than spawning, and free of this process's threads.
     # It finds what it imports by the environment alone.
@@ -41,7 +41,7 @@ def run_ranks(function: RankFunction, world_size: int, folder: Path) -> list[dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.start_processes(
-            _run_rank, args=(function, world_size, str(folder)), nprocs=world_size, start_method="forkserver"
+            _run_rank, args=(function, world_size, str(folder), *more), nprocs=world_size, start_method="forkserver"
         )
     ranks = [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
     assert [rank["world_size"] for rank in ranks] == [world_size] * world_size
@@ -52,11 +52,11 @@ def run_ranks(function: RankFunction, world_size: int, folder: Path) -> list[dic
     return ranks
 
 
-def _run_rank(rank: int, function: RankFunction, world_size: int, folder: str) -> None:
+def _run_rank(rank: int, function: RankFunction, world_size: int, folder: str, *more: Any) -> None:
     torch.set_num_threads(1)
     join(rank, world_size, f"{folder}/store")
     facts = {"world_size": dist.get_world_size(), "strategy": running_strategy(Accelerator(cpu=True))}
-    torch.save(function(rank, world_size, folder) | facts, f"{folder}/rank_{rank}.pt")
+    torch.save(function(rank, world_size, folder, *more) | facts, f"{folder}/rank_{rank}.pt")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

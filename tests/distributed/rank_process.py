@@ -8,18 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed_cases import (
-    ACCUMULATED,
     BATCH_NORM,
     CASES,
     DROPOUT,
-    NUM_PAIRS,
-    SHARDED,
-    SINGLE_PRECISION,
-    own_share,
+    own_pairs,
     run_accumulated,
     run_cached,
     run_plain,
-    run_sharded,
 )
 from process_ranks import join
 from trainer_cases import refusals, train
@@ -30,9 +25,9 @@ def run_all() -> dict[str, dict[str, Any]]:
     return {
         "plain": {case: run_plain(**overrides) for case, overrides in CASES.items()},
         "cached": {case: run_cached(**overrides) for case, overrides in CASES.items()},
-        "accumulated": {case: run_accumulated(**CASES[case]) for case in ACCUMULATED},
-        "plain, float32": {case: run_plain(torch.float32, **CASES[case]) for case in SINGLE_PRECISION},
-        "cached, float32": {case: run_cached(torch.float32, **CASES[case]) for case in SINGLE_PRECISION[:1]},
+        "accumulated": {case: run_accumulated(**overrides) for case, overrides in CASES.items()},
+        "plain, float32": {case: run_plain(torch.float32, **overrides) for case, overrides in CASES.items()},
+        "cached, float32": {case: run_cached(torch.float32, **overrides) for case, overrides in CASES.items()},
         # A wrapper that had waited for the loss stage's parameters would not begin a second step.
         "second step": {"cached": run_cached(steps=2)},
         "dropout": {"cached": run_cached(**DROPOUT)},
@@ -40,25 +35,9 @@ def run_all() -> dict[str, dict[str, Any]]:
     }
 
 
-def run_all_sharded() -> dict[str, dict[str, Any]]:
-    """Of four processes some have a single pair, and cannot cut it into as many micro-batches as the others."""
-    few = dist.get_world_size() == 2
-    runs = {"sharded": {case: run_sharded(**CASES[case]) for case in (SHARDED if few else SHARDED[:1])}}
-    if few:
-        runs["sharded and cached"] = {case: run_sharded(caches=True, **CASES[case]) for case in SHARDED}
-        runs["sharded and accumulated"] = {SHARDED[0]: run_sharded(seeds=(1, 2), **CASES[SHARDED[0]])}
-        runs["sharded, frozen batch norm"] = {"cached": run_sharded(caches=True, **BATCH_NORM)}
-    return runs
-
-
 def run_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """All runs on this rank's pairs."""
-    own_pairs = own_share({"pairs": torch.arange(NUM_PAIRS), "attention_mask": torch.ones(NUM_PAIRS, 9)})["pairs"]
-    results = {
-        "samples": own_pairs.tolist(),
-        "refused": refusals(),
-        "runs": run_all() | (run_all_sharded() if world_size > 1 else {}),
-    }
+    results: dict[str, Any] = {"samples": own_pairs(), "refused": refusals(), "runs": run_all()}
     # The trainer ends the process group.
     caching = {"gradient_caching": True, "caching_micro_batch_size": 3}
     results["trained"] = {"ddp": train(f"{folder}/ddp", world_size, strategy="ddp", **caching)}
