@@ -6,13 +6,17 @@ import csv
 import importlib.util
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from testing_utils import shared_data
+from training_runs import assert_same_weights, log_of, wait_until
 from transformers import AutoModelForPreTraining, AutoProcessor, BertConfig, BertModel
 
 from modeling_t3d import T3DConfig, T3DImageProcessor, T3DModel, T3DVisionModel
@@ -326,6 +330,52 @@ def test_reports_are_cut_where_the_settings_say(pretrain, phantoms, tmp_path):
     assert trainer.collator.max_report_tokens == trainer.processor.max_report_tokens == 7
 
 
+@pytest.mark.slow
+def test_a_run_of_every_random_thing_that_is_killed_ends_like_one_left_alone(phantoms, tmp_path):
+    """Dropout, augmentation, cached gradients, an average of the weights and prototypes, which are frozen at first."""
+    num_steps, moments = 40, random.Random(0)
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+
+    def start(output_dir: Path) -> subprocess.Popen:
+        overrides = settings_overrides(
+            phantoms,
+            output_dir,
+            "data.num_sentence_texts=2",
+            "data.augmentation={probability: 1.0, flip: 0.5}",
+            "model.overrides.tma_loss=swav",
+            "model.overrides.num_prototypes=4",
+            "model.overrides.num_frozen_prototype_batches=10",
+            "model.overrides.learnable_temperature=true",
+            "model.overrides.text_config={hidden_dropout_prob: 0.2, attention_probs_dropout_prob: 0.2}",
+            "training.mixed_precision=no",
+            "training.num_processes=1",
+            "training.strategy=single",
+            "training.gradient_accumulation_steps=2",
+            "training.gradient_caching=true",
+            "training.caching_micro_batch_size=1",
+            "training.ema_decay=0.9",
+            f"training.max_steps={num_steps}",
+            "training.logging_steps=1",
+            "training.save_steps=3",
+            "training.trackers=[]",
+        )
+        command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--config", str(QUICKSTART), "--resume"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, *overrides], env=environment, cwd=tmp_path)
+
+    assert start(whole).wait() == 0
+    process, num_lines = start(run), moments.randint(4, num_steps // 2)
+    wait_until(lambda: len(log_of(run)) >= num_lines or process.poll() is not None, describe=lambda: "no steps")
+    time.sleep(moments.uniform(0, 0.1))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert start(run).wait() == 0
+    assert_same_weights(whole, run)
+    losses = [[line["loss"] for line in log_of(folder)] for folder in (whole, run)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == num_steps
+
+
 def test_real_scans_train_resume_and_reload(pretrain, tmp_path):
     volumes = [shared_data(name) for name in CTS]
     reports = sorted(shared_data("reports").glob("*.txt"))[: len(volumes)]
@@ -369,6 +419,7 @@ def test_two_processes_take_the_steps_of_one(phantoms, tmp_path):
             output_dir,
             f"training.per_device_train_batch_size={4 // num_processes}",
             f"training.num_processes={num_processes}",
+            "training.strategy=ddp",
             "training.logging_steps=1",
             "training.max_steps=2",
             "training.mixed_precision=no",

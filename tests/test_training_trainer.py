@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_inputs import tiny_contrast_config
 from torch.optim import AdamW
-from training_runs import assert_same_weights, launch, log_of, status, torchrun, weights
+from training_runs import assert_same_weights, launch, log_of, status, weights
 from training_stub import NUM_SAMPLES, StubConfig, StubModel, build_trainer
 
 from modeling_t3d.modeling_t3d import T3DModel
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 def test_two_processes_see_disjoint_samples_and_train_one_model(tmp_path):
     settings = {"max_steps": 6, "dropout": 0.0, "max_grad_norm": None}
-    process = launch(tmp_path / "two", *torchrun(2), num_processes=2, per_device_train_batch_size=4, **settings)
+    process = launch(tmp_path / "two", 2, per_device_train_batch_size=4, **settings)
     build_trainer(tmp_path / "one", per_device_train_batch_size=8, **settings).train()
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output

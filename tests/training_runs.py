@@ -3,7 +3,7 @@
 """Runs of the training stub in processes of their own, to be stopped and killed, and what they leave.
 
 `TrainingRuns` forks them from one server that has imported everything (`python training_runs.py`): a start costs a
-fraction of a second instead of several. `launch` starts them with torchrun as users do.
+fraction of a second instead of several. `launch` starts them with a launcher as users do.
 """
 
 import atexit
@@ -180,17 +180,19 @@ def asked_for(num_processes: int) -> dict[str, Any]:
     return {"num_processes": num_processes, "strategy": "ddp" if num_processes > 1 else "single"}
 
 
-def launch(output_dir: Path, *launcher: str, num_processes: int = 1, **settings: Any) -> subprocess.Popen:
-    """A run of the stub under a launcher (`python -m ...`), or alone."""
+def launch(output_dir: Path, num_processes: int, **settings: Any) -> subprocess.Popen:
+    """A run of the stub under a launcher (`python -m ...`)."""
     settings = {**asked_for(num_processes), **settings}
     words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(STUB), str(output_dir), *words]
+    command = [sys.executable, *launcher_words(num_processes), str(STUB), str(output_dir), *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def torchrun(num_processes: int) -> Sequence[str]:
-    """The launcher's words, for `launch`."""
+def launcher_words(num_processes: int) -> Sequence[str]:
+    """For `launch`: torchrun, and Accelerate for one process, which torchrun would start as one of a group."""
+    if num_processes == 1:
+        return ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
     return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
 
 

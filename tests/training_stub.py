@@ -118,6 +118,7 @@ def build_trainer(output_dir, *, dropout: float = 0.3, evaluate=None, record: bo
         "trackers": [],
         "plot": False,
         "use_cpu": True,
+        "mixed_precision": "no",  # in which runs are reproducible bit by bit
     }
     args = from_mapping(T3DTrainingArguments, {"output_dir": str(output_dir), **defaults, **settings})
     torch.manual_seed(0)
