@@ -6,8 +6,8 @@
 
 The input is made here: 512 x 512 x 300 voxels of int16 as `.nii.gz` and as a DICOM series. Libraries take turns in
 one process, files are in the page cache, and each time is the median over the rounds. What a library gives is compared
-with ours before anything is timed; a row whose values differ says so and counts for nothing. `--device cuda` adds the
-row that needs a GPU. Beside the package this needs SimpleITK, monai and, for the DICOM row, itk.
+with ours before anything is timed; a row whose values differ says so and counts for nothing. Beside the package this
+needs SimpleITK, monai and, for the DICOM row, itk.
 """
 
 import argparse
@@ -426,35 +426,6 @@ def series_rows(series: Path, shape: tuple[int, int, int], repetitions: int) -> 
     return rows_of("DICOM series -> pixel_values", ways, inner_difference, 6e-4, "of -1..1", targets, repetitions)
 
 
-def device_rows(path: Path, shape: tuple[int, int, int], repetitions: int, device: str) -> list[str]:
-    """A GPU: int16 upload and resampling there against the copy of pinned memory alone."""
-    title = "int16 upload + resample on a GPU"
-    if device == "cpu" or not torch.cuda.is_available():
-        return [f"| {title} | pinned copy alone | not measured: no GPU | | <= 1.3 | |"]
-    stored = torch.from_numpy(np.ascontiguousarray(read_volume(path).array.T)).pin_memory()
-    samplings = [spacing_sampling(*axis) for axis in zip(shape, SPACING, MODEL_SPACING, strict=True)]
-
-    def upload(then: Callable[[torch.Tensor], Any]) -> Any:
-        result = then(stored.to(device, non_blocking=True))
-        torch.cuda.synchronize()
-        return result
-
-    ours = upload(lambda volume: resample(volume, samplings, antialias=False)).cpu()
-    difference = inner_difference(ours, resample(stored, samplings, antialias=False))
-    seconds = take_turns(
-        {
-            "both": lambda: upload(lambda volume: resample(volume, samplings, antialias=False)),
-            "copy": lambda: upload(lambda volume: volume),
-        },
-        repetitions,
-    )
-    ratio = "void" if difference > 0.1 else f"ours takes {seconds['both'] / seconds['copy']:.2f}"
-    return [
-        f"| {title} | modeling_t3d | {seconds['both']:.4f} | | | within {difference:.2g} HU of the CPU |",
-        f"| {title} | pinned copy alone | {seconds['copy']:.4f} | {ratio} | <= 1.3 | |",
-    ]
-
-
 # ---------------------------------------------------------------------------------------------- memory
 
 
@@ -507,7 +478,6 @@ def main() -> None:
     add_output_argument(parser)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), help="z y x")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -527,7 +497,9 @@ def main() -> None:
             lines += series_rows(series, shape, arguments.repetitions)
         except ImportError as error:
             lines.append(f"| DICOM series -> pixel_values | MONAI Compose, ITK | not measured: {error} | | >= 2 | |")
-        lines += device_rows(path, shape, arguments.repetitions, arguments.device)
+        lines.append(
+            "| int16 upload + resample on a GPU | pinned copy alone | a row of [gpu.md](gpu.md) | | <= 1.3 | |"
+        )
     packages = ("torch", "isal", "nibabel", "SimpleITK", "monai", "itk-io", "pydicom", "numpy")
     versions = []
     for package in packages:

@@ -76,7 +76,46 @@ def test_peers_take_turns_and_warm_up_does_not_count(load, monkeypatch):
 
 
 def tiny_sizes(gpu):
-    return gpu.Sizes(preset="tiny", view=16, views=2, matrix=16, copied=1 << 10, repetitions=2)
+    return gpu.Sizes(
+        **{"preset": "tiny", "view": 16, "views": 2, "pairs": 4, "cached_pairs": 5, "scan": (8, 16, 16)},
+        **{"matrix": 16, "copied": 1 << 10, "repetitions": 1},
+    )
+
+
+def test_without_a_gpu_the_page_says_what_is_to_be_measured(load, written, capsys):
+    gpu = load("gpu", "--targets-only", "--output", "page.md")
+    gpu.main()
+    page = capsys.readouterr().out
+    assert written == [Path("page.md")]
+    assert page.count("| not measured |") == len(gpu.target_rows(gpu.Sizes(), {})) - 2
+    assert "| peak with gradient caching, 4,096 x (1 global + 4 local) views as one batch | <= 80 GiB |" in page
+
+
+def test_every_target_of_a_gpu_is_measured(load):
+    gpu = load("gpu")
+    processor = gpu.T3DImageProcessor(global_size=(16, 16, 16), local_size=(8, 8, 8))
+    page = gpu.measure(tiny_sizes(gpu), torch.device("cpu"), processor)
+    assert page[: len(gpu.target_rows(tiny_sizes(gpu), {}))][-1].startswith("| torch, cuDNN |")
+    assert not [line for line in page if gpu.NOT_MEASURED in line]
+
+
+def test_cached_pairs_are_made_as_they_are_encoded_and_the_same_both_times(load, monkeypatch):
+    gpu = load("gpu")
+    sizes, made = tiny_sizes(gpu), []
+    make = gpu.pretraining_batch
+
+    def spied(*arguments):
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(gpu, "pretraining_batch", spied)
+    processor = gpu.T3DImageProcessor(global_size=(16, 16, 16), local_size=(8, 8, 8))
+    model = gpu.T3DForPreTraining(gpu.T3DConfig.from_preset("tiny"))
+    gpu.cached_step(model, sizes, processor, 2)
+    assert [batch["study_ids"].tolist() for batch in made] == [[0, 1], [2, 3], [4]] * 2
+    for first, second in zip(made[:3], made[3:], strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(made[0]["pixel_values"], made[1]["pixel_values"])
 
 
 def test_the_encoder_is_timed_in_turn_with_the_network_whose_weights_it_has(load, monkeypatch):
@@ -89,7 +128,7 @@ def test_the_encoder_is_timed_in_turn_with_the_network_whose_weights_it_has(load
 
     monkeypatch.setattr(gpu, "device_limits", lambda *args: (1e9, 1e9))
     monkeypatch.setattr(gpu, "medians", spied)
-    rows = gpu.encoder_rows(tiny_sizes(gpu), torch.device("cpu"))
+    rows, _ = gpu.encoder_rows(tiny_sizes(gpu), torch.device("cpu"))
     same, others = gpu.encoders("tiny")
     assert list(timed) == [*same, *others]
     assert [row.split("|")[3].strip() for row in rows[2:7]] == ["1.00", "1.00", "1.00", "", ""]
