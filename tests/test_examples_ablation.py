@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from modeling_t3d import T3DConfig, T3DForPreTraining, T3DImageProcessor
 from modeling_t3d.training.arguments import load_configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,21 @@ def test_configuration_is_the_quickstart_apart_from_paths_views_and_what_the_qui
     since = {"data.num_sentence_texts", *(f"model.overrides.vision_config.{name}" for name in encoder)}
     assert differences(one, other) <= paths_and_budget | needed | since
     assert other["image_processor"]["num_local_views"] == 4
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation_gpu"])
+def test_every_arm_of_a_shipped_configuration_has_a_model_for_its_views(scripts, name):
+    path = CONFIGS / f"{name}.yaml"
+    for arm in scripts[1].make_arms(load_configuration(path)):
+        settings = load_configuration(path, arm.overrides)
+        config = T3DConfig.from_preset(settings.model.preset, **settings.model.overrides)
+        with torch.device("meta"):
+            model = T3DForPreTraining(config)
+        views = T3DImageProcessor(**settings.image_processor)
+        assert views.num_channels == config.vision_config.num_channels
+        for size in (views.global_size, views.local_size):
+            features = model.t3d.vision_model(torch.empty(2, views.num_channels, *size, device="meta"))
+            assert features.pooler_output.shape == (2, config.vision_config.hidden_size)
 
 
 OTHERS = ("tir-shuffled", "tma-loss-barlow-light", "v1", "gtgm", "gtgm-large-crops")
