@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from distributed_cases import CASES, build_batch, build_model, own_share
-from test_distributed_losses import assert_same_gradients
+from distributed_cases import CASES, NUM_PAIRS, assert_same_gradients, build_batch, build_model, own_pairs, own_share
 from torch import nn
 
 from modeling_t3d.training.gradient_caching import accumulated_backward
@@ -73,8 +72,7 @@ def run_rank(rank: int, stage: int, folder: str) -> None:
             engine.step()
     weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in trained.items()}
     result = {"stage": engine.zero_optimization_stage(), "world_size": dist.get_world_size()}
-    pairs = own_share({"pairs": torch.arange(7), "attention_mask": torch.ones(7, 9)})["pairs"].tolist()
-    torch.save(result | {"pairs": pairs, "gradients": gradients, "weights": weights}, f"{folder}/{rank}.pt")
+    torch.save(result | {"samples": own_pairs(), "gradients": gradients, "weights": weights}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -88,7 +86,7 @@ def test_zero_has_the_gradients_and_takes_the_steps_of_one_process(tmp_path: Pat
         multiprocessing.start_processes(run_rank, args=(stage, str(tmp_path)), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [(rank["stage"], rank["world_size"]) for rank in ranks] == [(stage, 2)] * 2
-    assert sorted(ranks[0]["pairs"] + ranks[1]["pairs"]) == list(range(7))
+    assert sorted(ranks[0]["samples"] + ranks[1]["samples"]) == list(range(NUM_PAIRS))
 
     model = build_model(torch.float32, **CASES[CASE])
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
