@@ -14,7 +14,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -211,12 +211,24 @@ def _slices(dataset: Any, file: int, file_size: int) -> tuple[list[Slice], int]:
 
 @dataclass
 class _Series:
+    """The slices of one series that can be read; `refused` is the first file that cannot, and why."""
+
     modality: str
-    slices: list[Slice]
+    first_file: int
+    slices: list[Slice] = field(default_factory=list)
+    refused: tuple[int, str] | None = None
+
+    @property
+    def plane(self) -> str | None:
+        """The plane of the first slice whose orientation is known."""
+        return next((entry.plane for entry in self.slices if entry.row_direction is not None), None)
 
     def describe(self) -> str:
-        rows, columns = self.slices[0].size
-        return f"{self.modality} {self.slices[0].plane} {columns}x{rows}x{len(self.slices)}"
+        text = self.modality
+        if self.slices:
+            rows, columns = self.slices[0].size
+            text += f" {self.plane or 'unoriented'} {columns}x{rows}x{len(self.slices)}"
+        return text if self.refused is None else f"{text}, not readable ({self.refused[1]})"
 
 
 class _Folder:
@@ -265,9 +277,14 @@ def _import_pydicom(source: str) -> Any:
 
 
 def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
-    """All series with places in space, in order of their first file, and notes on what was left out."""
+    """All series with places in space or with files that are refused, in order of their first file, and notes on what
+    was left out.
+
+    A refusal is held back with its series: a study is not to be lost for one series that nobody asked for.
+    """
     grouped: dict[tuple, _Series] = {}
-    not_volumes: dict[Any, VolumeReadError] = {}
+    refusals: dict[Any, _Series] = {}
+    not_volumes: dict[Any, tuple[int, str]] = {}
     localisers, others, foreign = 0, 0, 0
     for index, file in enumerate(folder.files):
         dataset = folder.read(index, stop_before_pixels=True, specific_tags=HEADER_KEYWORDS)
@@ -278,34 +295,37 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             continue
         try:
             modality = str(dataset.get("Modality"))
+            named = modality if modality in NAMED_MODALITIES else "other"
             # Without a UID, the series number is all that tells series apart; multi-frame objects stand alone.
             number = str(dataset.get("SeriesNumber") or "")
             key = str(dataset.get("SeriesInstanceUID") or "") or ("", number)
             slices, left_out = _slices(dataset, index, os.path.getsize(file))
         except _NotAVolume as refused:
-            not_volumes.setdefault(key, folder.error(str(refused), index))
+            not_volumes.setdefault(key, (index, str(refused)))
             others += 1
             continue
         except Refused as refused:
-            raise folder.error(str(refused), index) from None
+            refusals.setdefault(key, _Series(named, index, refused=(index, str(refused))))
+            continue
         except Exception as error:  # elements are parsed on access, so damage may show only here
             raise folder.error(f"its DICOM header is damaged ({type(error).__name__})", index) from None
         localisers += left_out
         others += not slices and not left_out
         if slices:
             alone = index if len(slices) > 1 else None
-            named = modality if modality in NAMED_MODALITIES else "other"
-            series = grouped.setdefault((key, alone), _Series(named, []))
-            series.slices.extend(slices)
+            grouped.setdefault((key, alone), _Series(named, index)).slices.extend(slices)
     others += foreign
     placed = {key: one for key, one in grouped.items() if any(entry.position is not None for entry in one.slices)}
     others += sum(len(one.slices) for key, one in grouped.items() if key not in placed)
+    for (key, _), one in placed.items():
+        # Within a series a refused file stands where a slice is due: leaving it out would leave a gap.
+        one.refused = refusals[key].refused if key in refusals else not_volumes.get(key)
     placed_keys = {key for key, _ in placed}
-    for key, refusal in not_volumes.items():
-        # Within a series it stands where a slice is due: leaving it out would leave a gap.
-        if not placed or key in placed_keys:
-            raise refusal
-    if not placed:
+    found = [*placed.values(), *(one for key, one in refusals.items() if key not in placed_keys)]
+    if not found and not_volumes:
+        index, reason = next(iter(not_volumes.values()))
+        raise folder.error(reason, index)
+    if not found:
         archives = {kind for file in folder.files if (kind := archive_kind(file))}
         kinds = "localisers only" if localisers else "no image with a position in space"
         if archives:
@@ -316,30 +336,28 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             )
         raise folder.error(f"holds {kinds}; pass a folder or file with an image series")
     notes = [f"{localisers} localiser image(s) left out"] if localisers else []
-    return list(placed.values()), notes + ([f"{others} file(s) that are no DICOM scan left out"] if others else [])
-
-
-def _oriented(folder: _Folder, found: list[_Series]) -> list[_Series]:
-    for one in found:
-        if any(entry.row_direction is None for entry in one.slices):
-            raise folder.error("its slices have no ImageOrientationPatient; the orientation is unknown")
-    return found
+    notes += [f"{others} file(s) that are no DICOM scan left out"] if others else []
+    return sorted(found, key=lambda one: one.first_file), notes
 
 
 def _choose(folder: _Folder, found: list[_Series], series: int | None) -> _Series:
-    """The series asked for, the only one, or the only axial CT."""
-    _oriented(folder, found)
+    """The series asked for, the only one, or the only one known to be an axial CT; raises what refuses its files."""
     listing = "; ".join(f"series={ordinal}: {one.describe()}" for ordinal, one in enumerate(found))
     if series is not None:
         if isinstance(series, bool) or not isinstance(series, int) or not 0 <= series < len(found):
             raise folder.error(f"series={series!r} is not one of its {len(found)} series ({listing})")
-        return found[series]
-    axial = [one for one in found if one.modality == "CT" and one.slices[0].plane == "axial"]
-    if len(found) == 1:
-        return found[0]
-    if len(axial) != 1:
+        candidates = [found[series]]
+    elif len(found) == 1:
+        candidates = found
+    else:
+        candidates = [one for one in found if one.modality == "CT" and one.plane == "axial"]
+    if len(candidates) != 1:
         raise folder.error(f"holds {len(found)} series; choose one with series= ({listing})")
-    return axial[0]
+    (chosen,) = candidates
+    if chosen.refused is not None:
+        file, reason = chosen.refused
+        raise folder.error(reason, file)
+    return chosen
 
 
 def describe_series(source: str, files: Sequence[str]) -> tuple[str, ...]:
@@ -347,7 +365,7 @@ def describe_series(source: str, files: Sequence[str]) -> tuple[str, ...]:
     with quiet_parsers():
         folder = _Folder(source, files)
         found, _ = _collect(folder)
-        return tuple(one.describe() for one in _oriented(folder, found))
+        return tuple(one.describe() for one in found)
 
 
 def describe_acquisition(source: str, files: Sequence[str]) -> dict[str, Any]:
@@ -440,7 +458,9 @@ def read_dicom(source: str, files: Sequence[str], *, series: int | None = None, 
         found, notes = _collect(folder)
         chosen = _choose(folder, found, series)
         if len(found) > 1:
-            notes.append(f"{len(found) - 1} other series left out")
+            refused = sum(one.refused is not None for one in found)
+            which = f", {refused} of them not readable" if refused else ""
+            notes.append(f"{len(found) - 1} other series left out{which}")
         try:
             stack = stack_slices(chosen.slices, resample=resample)
         except Refused as refused:

@@ -153,7 +153,11 @@ def volume_files(path: str | os.PathLike) -> list[Path]:
 
 
 def list_series(path: str | os.PathLike) -> tuple[str, ...]:
-    """The series of a DICOM folder or file, such as `"CT axial 512x512x300"`, in the order that `series=` counts."""
+    """The series of a DICOM folder or file, such as `"CT axial 512x512x300"`, in the order that `series=` counts.
+
+    A series with a file that cannot be read right is listed as far as it is known, with the reason: such as
+    `"CR, not readable (its RescaleSlope is 0)"`.
+    """
     source = os.fspath(path)
     files = _series_files(source)
     if files is None:

@@ -172,6 +172,48 @@ def test_images_that_are_no_volume_do_not_block_their_study(tmp_path, stored, el
     assert expected in refused(tmp_path)
 
 
+LOOK_UP_TABLE = "its values are given by a look-up table; convert it to rescaled values first"
+BAD_SERIES = [
+    ({"ImageOrientationPatient": None}, "CT unoriented 7x6x1", "1 of 1 slices have no ImageOrientationPatient"),
+    ({"Modality": "CR", "ModalityLUTSequence": []}, f"CR, not readable ({LOOK_UP_TABLE})", LOOK_UP_TABLE),
+    ({"RescaleSlope": 0}, "CT, not readable (its RescaleSlope is 0)", "its RescaleSlope is 0"),
+]
+
+
+@pytest.mark.parametrize(("elements", "listed", "reason"), BAD_SERIES)
+def test_a_series_that_cannot_be_read_does_not_block_its_study(tmp_path, stored, elements, listed, reason):
+    if "ModalityLUTSequence" in elements:
+        elements = {**elements, "ModalityLUTSequence": pydicom.Sequence([pydicom.Dataset()])}
+    write_series(tmp_path, stored)
+    path = tmp_path / "000"  # read before the scan
+    write_slice(path, stored[0], (-10, -20, 40), SeriesInstanceUID="1.9", **elements)
+    assert list_series(tmp_path) == (listed, "CT axial 7x6x5")
+    unread = ", 1 of them not readable" if "not readable" in listed else ""
+    for options in ({}, {"series": 1}):
+        volume = read_volume(tmp_path, **options)
+        np.testing.assert_array_equal(volume.array, stored.astype(int) - 1024)
+        assert volume.warnings == (f"1 other series left out{unread}",)
+    assert reason in refused(tmp_path, series=0)
+    assert reason in refused(path)  # nothing else is there
+    write_slice(
+        path, stored[0], (-10, -20, 40), **elements
+    )  # in the scan's own series, where it may stand for a slice
+    reason = reason.replace("1 of 1", "1 of 6")
+    assert reason in refused(tmp_path)
+    assert reason in refused(tmp_path, series=0)
+
+
+def test_a_refused_slice_does_not_decide_between_two_scans(tmp_path, stored):
+    """Both are axial CT: the sound one is not taken in silence for the one that was meant."""
+    write_series(tmp_path / "a", stored)
+    write_series(tmp_path / "b", stored[:3], SeriesInstanceUID="1.5")
+    write_slice(tmp_path / "b" / "000", stored[3], (-10, -20, 36), SeriesInstanceUID="1.5", RescaleSlope=0)
+    listing = "series=0: CT axial 7x6x5; series=1: CT axial 7x6x3, not readable (its RescaleSlope is 0)"
+    assert f"holds 2 series; choose one with series= ({listing})" in refused(tmp_path)
+    assert read_volume(tmp_path, series=0).shape == (5, 6, 7)
+    assert "(file 6 of 9 in name order): its RescaleSlope is 0" in refused(tmp_path, series=1)
+
+
 def test_several_series_are_listed_without_names(tmp_path, stored):
     write_series(tmp_path / "a", stored)
     write_series(tmp_path / "b", stored[:3], SeriesInstanceUID="1.5", SeriesNumber=7)
