@@ -22,7 +22,7 @@ import numpy as np
 from .geometry_t3d import Volume, VolumeReadError
 from .volume_arithmetic_t3d import rescale
 from .volume_codestreams_t3d import DeflateGuard, check_codestream
-from .volume_headers_t3d import archive_kind
+from .volume_headers_t3d import archive_kind, checked_choice
 from .volume_slices_t3d import Refused, Slice, even_out, stack_slices
 
 # Objects that belong to a study and are no scan: segmentations, plans, doses, reports, presentation states, ...
@@ -344,20 +344,20 @@ def _choose(folder: _Folder, found: list[_Series], series: int | None) -> _Serie
     """The series asked for, the only one, or the only one known to be an axial CT; raises what refuses its files."""
     listing = "; ".join(f"series={ordinal}: {one.describe()}" for ordinal, one in enumerate(found))
     if series is not None:
-        if isinstance(series, bool) or not isinstance(series, int) or not 0 <= series < len(found):
+        chosen = checked_choice(series, len(found))
+        if chosen is None:
             raise folder.error(f"series={series!r} is not one of its {len(found)} series ({listing})")
-        candidates = [found[series]]
+        candidates = [found[chosen]]
     elif len(found) == 1:
         candidates = found
     else:
         candidates = [one for one in found if one.modality == "CT" and one.plane == "axial"]
     if len(candidates) != 1:
         raise folder.error(f"holds {len(found)} series; choose one with series= ({listing})")
-    (chosen,) = candidates
-    if chosen.refused is not None:
-        file, reason = chosen.refused
+    if candidates[0].refused is not None:
+        file, reason = candidates[0].refused
         raise folder.error(reason, file)
-    return chosen
+    return candidates[0]
 
 
 def describe_series(source: str, files: Sequence[str]) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ say what is wrong; voxels, spacing and directions are left to the libraries.
 
 import gzip
 import math
+import operator
 import os
 import re
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .geometry_t3d import VolumeReadError
 
@@ -76,6 +77,15 @@ def check_promise(source: str, shape: Sequence[int], item_size: int, held: int) 
         )
 
 
+def checked_choice(value: Any, count: int) -> int | None:
+    """The number of one of `count` things, NumPy's as Python's; `None` for what is no such number."""
+    try:
+        choice = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+    return choice if 0 <= choice < count else None
+
+
 def pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
     """The time point to take from a shape (x, y, z, t, ...); 0 for one volume."""
     spatial, rest = shape[:3], [size for size in shape[3:] if size != 1]
@@ -86,11 +96,10 @@ def pick_time(source: str, shape: Sequence[int], time_index: int | None) -> int:
     count = rest[0] if rest else 1
     if rest and time_index is None:
         raise VolumeReadError(f"{source}: holds {count} volumes (4-D); choose one with time_index=0..{count - 1}")
-    if time_index is not None and (
-        isinstance(time_index, bool) or not isinstance(time_index, int) or not 0 <= time_index < count
-    ):
+    chosen = checked_choice(0 if time_index is None else time_index, count)
+    if chosen is None:
         raise VolumeReadError(f"{source}: time_index={time_index!r} is outside 0..{count - 1}")
-    return time_index or 0
+    return chosen
 
 
 class TextHeader(NamedTuple):
@@ -256,6 +265,7 @@ __all__ = [
     "archive_kind",
     "check_deflated",
     "check_promise",
+    "checked_choice",
     "damaged",
     "detached_files",
     "pick_time",

@@ -73,6 +73,23 @@ def test_time_per_volume_or_one_for_all(call, four):
     )
 
 
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.array, torch.tensor])
+def test_a_choice_may_be_a_number_of_another_library(call, folder, four, number):
+    """As a data frame or an array of indices gives it."""
+    for path, name in ((folder, "series"), (four, "time_index")):
+        expected = call(path, **{name: 1})["pixel_values"]
+        assert torch.equal(call(path, **{name: number(1)})["pixel_values"], expected)
+        with pytest.raises(VolumeReadError, match=f"{name}="):
+            call(path, **{name: number(2)})
+
+
+@pytest.mark.parametrize("wrong", [True, False, np.True_, np.False_, 1.0, 0.0, "", "1", np.float64(1)])
+def test_a_choice_is_a_whole_number(folder, four, wrong):
+    for path, name in ((folder, "series"), (four, "time_index")):
+        with pytest.raises(VolumeReadError, match=f"{name}="):
+            read_volume(path, **{name: wrong})
+
+
 def test_errors_list_what_there_is(call, folder, four):
     listing = r"series=0: CT axial 24x20x16; series=1: CT axial 24x20x16"
     for given, message in [({}, rf"choose one with series= \({listing}\)"), ({"series": 2}, rf"series=2 .*{listing}")]:
