@@ -164,7 +164,7 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
                 axis grows, such as `"SAR"` for (z, y, x).
             name (`str`): what messages call a volume that came without a path.
             series (`int`): which series of a DICOM folder, by its place in `list_series(path)`.
-            time_index (`int`): which volume of a 4-D file or nibabel image.
+            time_index (`int`): which volume of a 4-D file, nibabel or SimpleITK image.
 
         Returns:
             [`PreparedVolume`]
@@ -242,7 +242,7 @@ class T3DImageProcessor(LocalViewsMixin, BaseImageProcessor):
             volume_spacing, volume_axes: in place of `affine`, mm per array axis and where each axis grows (`"SAR"`).
             series (`int`, or one per image): which series of a DICOM folder, by its place in `list_series(path)`; by
                 default the only one, or the only axial CT.
-            time_index (`int`, or one per image): which volume of a 4-D file or nibabel image.
+            time_index (`int`, or one per image): which volume of a 4-D file, nibabel or SimpleITK image.
             views (`None`, `int`, `"grid"` or points): no local views, that many random ones, tiles that cover all but
                 pure air, or views around world coordinates (x, y, z) in RAS mm (one list of points per image, or one
                 for all).

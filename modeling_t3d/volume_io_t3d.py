@@ -275,7 +275,8 @@ def to_volume(
         affine: (4, 4), indices of the array in its own axis order to RAS+ world mm. Arrays and tensors only.
         spacing: voxel size in mm per array axis, for an array without affine; needs `axes`.
         axes: the direction in which each array axis grows, e.g. `"SAR"` for (z, y, x); see `affine_from_axes`.
-        series, time_index: which image of a path, as in `read_volume`; `time_index` also of a 4-D nibabel image.
+        series, time_index: which image of a path, as in `read_volume`; `time_index` also of a nibabel or
+            SimpleITK image that holds several.
         resample: `False` refuses a sheared grid, and uneven slices of a path.
 
     Example:
@@ -301,8 +302,8 @@ def wrap_volume(
 ) -> Volume:
     """As `to_volume`, but a sheared grid stays as it is."""
     is_path = isinstance(image, str | os.PathLike)
-    is_nibabel = type(image).__module__.partition(".")[0] == "nibabel"
-    for name, value, taken in (("series", series, is_path), ("time_index", time_index, is_path or is_nibabel)):
+    has_times = is_path or type(image).__module__.partition(".")[0] in ("nibabel", "SimpleITK")
+    for name, value, taken in (("series", series, is_path), ("time_index", time_index, has_times)):
         if value is not None and not taken:
             raise VolumeGeometryError(f"{name}= is for files; this {type(image).__name__} holds one volume")
     if isinstance(image, np.ndarray | torch.Tensor) and (
@@ -339,7 +340,7 @@ def _from_object(image: Any, time_index: int | None) -> Volume:
             volume = replace(volume, warnings=(note,))
         return volume
     if package == "SimpleITK" and type(image).__name__ == "Image":
-        return from_simple_itk(image)
+        return from_simple_itk(image, time_index)
     if package == "torchio" and type(image).__name__ in ("Image", "ScalarImage", "LabelMap"):
         try:
             data, affine = image.data, image.affine  # a lazy image is read here

@@ -30,7 +30,7 @@ def read_itk(source: str, time_index: int | None) -> Volume:
 
     Args:
         source: path as the user gave it.
-        time_index: which volume of a 4-D file.
+        time_index: which volume of a 4-D file; of NRRD, an axis of kind list is one of volumes, wherever it stands.
     """
     try:
         import SimpleITK
@@ -49,8 +49,11 @@ def read_itk(source: str, time_index: int | None) -> Volume:
         reader.ReadImageInformation()
         shape, dimension = reader.GetSize(), reader.GetDimension()
         kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
-        if reader.GetNumberOfComponents() != 1 or "complex" in kind:
+        components = reader.GetNumberOfComponents()
+        is_list = header.is_nrrd and dimension > 2 and _meta_data(reader, "NRRD_kinds[pixel]") == "list"
+        if "complex" in kind or (components != 1 and not is_list):
             raise VolumeReadError(f"{source}: holds {kind}, not one number per voxel; convert it first")
+        shape = (*shape, components) if components > 1 else shape
         bits = next((bits for bits in (8, 16, 32, 64) if str(bits) in kind), 8)
         check_promise(source, shape, bits // 8, header.held)
         if header.packed is not None:
@@ -61,8 +64,10 @@ def read_itk(source: str, time_index: int | None) -> Volume:
             reader.SetExtractIndex([0, 0, 0, time, *[0] * (dimension - 4)])
         # The image that is cut out of a 4-D file has lost the file's directions: the reader still has them.
         image = reader.Execute()
+        if components > 1:
+            image = SimpleITK.VectorIndexSelectionCast(image, time)
         volume = _to_volume(SimpleITK, image, reader)
-        space = reader.GetMetaData("NRRD_space") if header.is_nrrd and reader.HasMetaDataKey("NRRD_space") else ""
+        space = _meta_data(reader, "NRRD_space") if header.is_nrrd else ""
     except VolumeError:
         raise
     except Exception as error:  # the reader raises RuntimeError with text of its own for everything
@@ -79,14 +84,36 @@ def read_itk(source: str, time_index: int | None) -> Volume:
     return Volume(volume.array, affine, source=source, warnings=notes)
 
 
-def from_simple_itk(image: Any) -> Volume:
-    """A `SimpleITK.Image` of three axes and one number per voxel as a Volume, array order (z, y, x)."""
+def _meta_data(reader: Any, key: str) -> str:
+    return reader.GetMetaData(key) if reader.HasMetaDataKey(key) else ""
+
+
+def from_simple_itk(image: Any, time_index: int | None = None) -> Volume:
+    """A `SimpleITK.Image` of three axes and one number per voxel as a Volume, array order (z, y, x).
+
+    Args:
+        image: of three axes, or of several volumes: along a fourth axis, or as the numbers of each voxel.
+        time_index: which of several volumes.
+    """
     import SimpleITK
 
-    kind = SimpleITK.GetPixelIDValueAsString(image.GetPixelID())
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or "complex" in kind:
-        raise VolumeError(f"SimpleITK image: {image.GetDimension()} axes of {kind}; pass 3 axes, one number per voxel")
-    return _to_volume(SimpleITK, image, image)
+    kind, dimension = SimpleITK.GetPixelIDValueAsString(image.GetPixelID()), image.GetDimension()
+    components = image.GetNumberOfComponentsPerPixel()
+    shape = (*image.GetSize(), components) if components > 1 else image.GetSize()
+    is_colour = components in (3, 4) and "8-bit unsigned" in kind
+    if dimension < 3 or "complex" in kind or is_colour or (len(shape) > 3 and time_index is None):
+        raise VolumeError(
+            f"SimpleITK image: {dimension} axes of {kind}; pass 3 axes, one number per voxel, or choose one of "
+            "several volumes with time_index="
+        )
+    time = pick_time("SimpleITK image", shape, time_index)
+    chosen = image
+    if components > 1:
+        chosen = SimpleITK.VectorIndexSelectionCast(image, time)
+    elif dimension > 3:
+        rest = dimension - 3
+        chosen = SimpleITK.Extract(image, [*shape[:3], *[0] * rest], [0, 0, 0, time, *[0] * (rest - 1)])
+    return _to_volume(SimpleITK, chosen, image)
 
 
 def _to_volume(simple_itk: Any, image: Any, geometry: Any) -> Volume:

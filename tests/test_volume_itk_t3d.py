@@ -2,12 +2,13 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """NRRD and MetaImage: which headers orient a scan, and suffixes in any case."""
 
+import gzip
 import shutil
 
 import numpy as np
 import pytest
 
-from modeling_t3d.volume_io_t3d import read_volume
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
 
 SimpleITK = pytest.importorskip("SimpleITK")
 DIRECTIONS = "space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (10,20,30)\n"
@@ -67,6 +68,72 @@ def test_headers_that_name_no_anatomical_axes_are_noted(tmp_path, geometry):
     volume = read_volume(write_nrrd(tmp_path / "scan.nrrd", geometry))
     assert volume.axis_codes == "SPL"
     assert [warning.partition(":")[0] for warning in volume.warnings] == ["the header gives no orientation"]
+
+
+def write_list(path, kinds: str, packed: bool = False, kind: str = "short") -> np.ndarray:
+    """An NRRD file of two volumes along the one axis that is no domain, and its values (2, z, y, x)."""
+    values = np.arange(48).reshape(2, 2, 3, 4).astype("<i2" if kind == "short" else "u1")
+    axes = kinds.split()
+    place = next(index for index, axis in enumerate(axes) if axis not in ("domain", "space"))
+    directions = ["(1,0,0)", "(0,2,0)", "(0,0,3)"]
+    directions.insert(place, "none")
+    stored = np.moveaxis(values, 0, 3 - place)  # an array's axes run against those of a header
+    sizes = " ".join(str(size) for size in stored.shape[::-1])
+    header = f"NRRD0004\ntype: {kind}\ndimension: 4\nspace: left-posterior-superior\nsizes: {sizes}\n"
+    header += f"space directions: {' '.join(directions)}\nkinds: {kinds}\nspace origin: (10,20,30)\n"
+    header += f"endian: little\nencoding: {'gzip' if packed else 'raw'}\n\n"
+    path.write_bytes(header.encode() + (gzip.compress(stored.tobytes()) if packed else stored.tobytes()))
+    return values
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        "list domain domain domain",
+        "domain domain domain list",
+        "domain domain list domain",
+        "space space space list",
+    ],
+)
+def test_a_list_of_volumes_is_chosen_from_by_time(tmp_path, kinds, packed):
+    """The first is the layout of a 3D Slicer sequence."""
+    path = tmp_path / "four.nrrd"
+    values = write_list(path, kinds, packed)
+    for time in range(2):
+        volume = read_volume(path, time_index=time)
+        np.testing.assert_array_equal(volume.array, values[time])
+        np.testing.assert_array_equal(volume.affine[:3, 3], (-10, -20, 30))
+        np.testing.assert_array_equal(volume.affine[:3, 2::-1], np.diag((-1, -2, 3)))
+        assert volume.warnings == ()
+    with pytest.raises(VolumeReadError, match=r"holds 2 volumes \(4-D\); choose one with time_index=0..1"):
+        read_volume(path)
+    with pytest.raises(VolumeReadError, match=r"time_index=2 is outside 0..1"):
+        read_volume(path, time_index=2)
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    with pytest.raises(VolumeReadError, match="truncated"):
+        read_volume(path, time_index=0)
+
+
+@pytest.mark.parametrize(("kinds", "kind"), [("RGB-color", "uchar"), ("2-vector", "short"), ("vector", "short")])
+def test_other_numbers_of_a_voxel_are_no_volumes_to_choose_from(tmp_path, kinds, kind):
+    path = tmp_path / "colour.nrrd"
+    write_list(path, f"{kinds} domain domain domain", kind=kind)
+    if kinds == "RGB-color":
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"sizes: 2 4 3 2", b"sizes: 3 4 2 2"))
+    for options in ({}, {"time_index": 0}):
+        with pytest.raises(VolumeReadError, match=r"holds vector of .*, not one number per voxel; convert it first"):
+            read_volume(path, **options)
+
+
+def test_a_list_of_planes_is_no_volume(tmp_path):
+    path = tmp_path / "planes.nrrd"
+    header = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 5\nkinds: domain domain list\nencoding: raw\n"
+    path.write_bytes(f"{header}endian: little\n\n".encode() + bytes(120))
+    with pytest.raises(VolumeReadError, match="not one number per voxel"):
+        read_volume(path, time_index=0)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,25 @@ def test_other_kinds_of_image_are_refused(scan):
             to_volume(image)
 
 
+@pytest.mark.parametrize("layout", ["vector", "series"])
+def test_one_of_several_volumes_of_simple_itk(scan, layout):
+    simple_itk = pytest.importorskip("SimpleITK")
+    turned = AFFINE[:, [1, 0, 2, 3]]
+    images = [itk_image(scan + number, turned) for number in range(3)]
+    image = simple_itk.Compose(images) if layout == "vector" else simple_itk.JoinSeries(images)
+    for number, one in enumerate(images):
+        volume, expected = to_volume(image, time_index=np.int64(number)), to_volume(one)
+        np.testing.assert_array_equal(volume.array, expected.array)
+        np.testing.assert_allclose(volume.affine, expected.affine)
+    with pytest.raises(VolumeError, match="choose one of several volumes with time_index="):
+        to_volume(image)
+    with pytest.raises(VolumeError, match=r"SimpleITK image: time_index=3 is outside 0..2"):
+        to_volume(image, time_index=3)
+    colour = simple_itk.GetImageFromArray(np.zeros((2, 3, 4, 3), dtype=np.uint8), isVector=True)
+    with pytest.raises(VolumeError, match="pass 3 axes, one number per voxel"):
+        to_volume(colour, time_index=0)
+
+
 def test_a_lazy_image_that_cannot_be_loaded_is_a_typed_error(tmp_path):
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(b"no image")
