@@ -23,6 +23,16 @@ NRRD_TO_LPS = {
     "right-anterior-superior-time": (-1, -1, 1),
     "left-anterior-superior-time": (1, -1, 1),
 }
+# What SimpleITK's messages hold where an NRRD file is of a kind that it does not read; they themselves may quote the
+# header, and are not repeated.
+UNREAD_NRRD = {
+    "number of domain axes in the NRRD file (4)": "has a 4-D axis layout that SimpleITK does not read; save it as "
+    "NRRD with a fourth axis of kind list, or as NIfTI or MetaImage",
+    "nrrdEncodingBzip2": "its voxels are packed with bzip2, which SimpleITK does not read; save it with encoding gzip "
+    "or raw",
+    "Parse_encoding": "its voxels have an encoding that SimpleITK does not read; save it with encoding gzip or raw",
+    "Parse_space_directions": "its space directions are NaN, infinite or no vectors; mend the header",
+}
 
 
 def read_itk(source: str, time_index: int | None) -> Volume:
@@ -71,6 +81,9 @@ def read_itk(source: str, time_index: int | None) -> Volume:
     except VolumeError:
         raise
     except Exception as error:  # the reader raises RuntimeError with text of its own for everything
+        reason = next((reason for mark, reason in UNREAD_NRRD.items() if mark in str(error)), None)
+        if reason is not None:
+            raise VolumeReadError(f"{source}: {reason}") from None
         raise damaged(source, "NRRD or MetaImage", error) from None
     finally:
         SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)

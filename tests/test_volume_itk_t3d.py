@@ -137,6 +137,37 @@ def test_a_list_of_planes_is_no_volume(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "kinds", ["domain domain domain time", "time domain domain domain", "domain domain domain ???"]
+)
+def test_a_layout_that_simple_itk_does_not_read_is_named(tmp_path, kinds):
+    path = tmp_path / "four.nrrd"
+    write_list(path, kinds)
+    with pytest.raises(VolumeReadError, match="a 4-D axis layout that SimpleITK does not read; save it as"):
+        read_volume(path, time_index=0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("encoding: raw", "encoding: bzip2", "packed with bzip2, which SimpleITK does not read; save it with"),
+        ("encoding: raw", "encoding: zstd", "an encoding that SimpleITK does not read; save it with"),
+        ("(1,0,0)", "(nan,0,0)", "its space directions are NaN, infinite or no vectors; mend the header"),
+        ("(0,0,3)", "(0,0,-inf)", "its space directions are NaN, infinite or no vectors; mend the header"),
+    ],
+)
+def test_what_simple_itk_does_not_read_is_named(tmp_path, old, new, reason):
+    path = tmp_path / "scan.nrrd"
+    write_nrrd(path, f"space: LPS\n{DIRECTIONS}")
+    content = path.read_bytes()
+    assert old.encode() in content
+    path.write_bytes(content.replace(old.encode(), new.encode()))
+    with pytest.raises(VolumeReadError, match=reason) as caught:
+        read_volume(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "name", ["scan.MHA", "scan.Mha", "scan.MHD", "scan.mHd", "scan.NRRD", "scan.NHDR", "scan.Nhdr"]
 )
 @pytest.mark.parametrize("compressed", [False, True])
