@@ -175,9 +175,11 @@ def _is_localiser(image_type: Any, description: Any) -> bool:
 
 def _slices(dataset: Any, file: int, file_size: int) -> tuple[list[Slice], int]:
     """Every frame of one object and how many localiser frames were left out; nothing when it is no scan."""
-    rows, columns = _number(dataset, "Rows", 0.0), _number(dataset, "Columns", 0.0)
-    if str(dataset.get("Modality")) in NOT_SCANS or not rows or not columns:
+    rows, columns = _number(dataset, "Rows", math.nan), _number(dataset, "Columns", math.nan)
+    if str(dataset.get("Modality")) in NOT_SCANS or math.isnan(rows) or math.isnan(columns):
         return [], 0
+    if min(rows, columns) < 1:
+        raise Refused(f"its header gives {columns:g}x{rows:g} pixels; no axis may be empty")
     if _number(dataset, "SamplesPerPixel", 1.0) != 1 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
         raise _NotAVolume("it holds colour pixels, not one value per voxel")
     if dataset.get("ModalityLUTSequence"):
@@ -285,7 +287,7 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
     grouped: dict[tuple, _Series] = {}
     refusals: dict[Any, _Series] = {}
     not_volumes: dict[Any, tuple[int, str]] = {}
-    localisers, others, foreign = 0, 0, 0
+    localisers, others, foreign, segmentations = 0, 0, 0, 0
     for index, file in enumerate(folder.files):
         dataset = folder.read(index, stop_before_pixels=True, specific_tags=HEADER_KEYWORDS)
         if dataset is None:
@@ -311,6 +313,7 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             raise folder.error(f"its DICOM header is damaged ({type(error).__name__})", index) from None
         localisers += left_out
         others += not slices and not left_out
+        segmentations += modality == "SEG"
         if slices:
             alone = index if len(slices) > 1 else None
             grouped.setdefault((key, alone), _Series(named, index)).slices.extend(slices)
@@ -333,6 +336,11 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
         if foreign == len(folder.files):
             raise folder.error(
                 "holds no DICOM files; pass a folder with a series, or the file itself of another format"
+            )
+        if segmentations:
+            raise folder.error(
+                f"holds {kinds}, but a segmentation (DICOM SEG); pass the scan that it belongs to, or convert it to "
+                "NIfTI or NRRD to read it as a label map"
             )
         raise folder.error(f"holds {kinds}; pass a folder or file with an image series")
     notes = [f"{localisers} localiser image(s) left out"] if localisers else []

@@ -144,6 +144,15 @@ def test_localisers_and_other_objects_are_left_out(tmp_path, stored):
     assert "holds no DICOM files; pass a folder with a series, or the file itself" in refused(tmp_path / "other")
 
 
+def test_a_segmentation_is_named(tmp_path, stored):
+    path = tmp_path / "seg"
+    write_slice(path, stored[0], (0, 0, 0), Modality="SEG", SeriesInstanceUID="1.9")
+    for given in (path, tmp_path):
+        assert "but a segmentation (DICOM SEG); pass the scan that it belongs to" in refused(given)
+    write_series(tmp_path, stored)
+    assert read_volume(tmp_path).warnings == ("1 file(s) that are no DICOM scan left out",)
+
+
 NOT_VOLUMES = [
     {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "Modality": "OT", "ImagePositionPatient": None},
     {"PhotometricInterpretation": "PALETTE COLOR", "Modality": "OT"},
@@ -269,6 +278,8 @@ def test_positions_rounded_by_the_header_are_accepted(tmp_path, stored):
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "perpendicular"),
         ({"RescaleSlope": 0}, "RescaleSlope is 0"),
         ({"SamplesPerPixel": 3}, "colour"),
+        ({"Rows": 0}, "its header gives 7x0 pixels; no axis may be empty"),
+        ({"Columns": 0}, "its header gives 0x6 pixels; no axis may be empty"),
         ({"NumberOfFrames": 2_000_000_000}, "more than the file can hold"),
         ({"PixelData": b"\0" * 20}, "truncated"),
         ({"PixelData": None}, "truncated"),
