@@ -22,7 +22,7 @@ import numpy as np
 from .geometry_t3d import Volume, VolumeReadError
 from .volume_arithmetic_t3d import rescale
 from .volume_codestreams_t3d import DeflateGuard, check_codestream
-from .volume_headers_t3d import archive_kind, checked_choice
+from .volume_headers_t3d import archive_kind, checked_choice, pick_time
 from .volume_slices_t3d import Refused, Slice, even_out, stack_slices
 
 # Objects that belong to a study and are no scan: segmentations, plans, doses, reports, presentation states, ...
@@ -139,7 +139,7 @@ def _group(groups: Sequence[Any], keyword: str) -> Any:
     return {}
 
 
-def _read_slice(file: int, frame: int, size: tuple[int, int], plane: Sequence[Any]) -> Slice:
+def _read_slice(file: int, frame: int, size: tuple[int, int], plane: Sequence[Any], time: float = 0.0) -> Slice:
     """Read one frame's geometry; `plane` holds where position, orientation, measures and rescale are written."""
     position_from, orientation_from, measures_from, rescale_from = plane
     position = _numbers(position_from, "ImagePositionPatient", 3)
@@ -165,6 +165,7 @@ def _read_slice(file: int, frame: int, size: tuple[int, int], plane: Sequence[An
         slope,
         _number(rescale_from, "RescaleIntercept", 0.0),
         _number(measures_from, "SliceThickness", 0.0),
+        time,
     )
 
 
@@ -207,7 +208,8 @@ def _slices(dataset: Any, file: int, file_size: int) -> tuple[list[Slice], int]:
         if _is_localiser(frame_type, description):
             continue
         plane = [_group(groups, macro) for macro in (*macros, "PixelValueTransformationSequence")]
-        slices.append(_read_slice(file, index, size, plane))
+        time = _number(_group(groups, "FrameContentSequence"), "TemporalPositionIndex", 0.0)
+        slices.append(_read_slice(file, index, size, plane, time))
     return slices, num_frames - len(slices)
 
 
@@ -221,6 +223,15 @@ class _Series:
     refused: tuple[int, str] | None = None
 
     @property
+    def time_points(self) -> list[list[Slice]]:
+        """The slices of each time point, where several lie at one position and the header tells their times."""
+        times = sorted({entry.time for entry in self.slices})
+        positions = {tuple(entry.position.round(3)) for entry in self.slices if entry.position is not None}
+        if len(times) < 2 or len(positions) == len(self.slices):
+            return [self.slices]
+        return [[entry for entry in self.slices if entry.time == time] for time in times]
+
+    @property
     def plane(self) -> str | None:
         """The plane of the first slice whose orientation is known."""
         return next((entry.plane for entry in self.slices if entry.row_direction is not None), None)
@@ -229,7 +240,9 @@ class _Series:
         text = self.modality
         if self.slices:
             rows, columns = self.slices[0].size
-            text += f" {self.plane or 'unoriented'} {columns}x{rows}x{len(self.slices)}"
+            points = self.time_points
+            times = f"x{len(points)}" if len(points) > 1 else ""
+            text += f" {self.plane or 'unoriented'} {columns}x{rows}x{len(points[0])}{times}"
         return text if self.refused is None else f"{text}, not readable ({self.refused[1]})"
 
 
@@ -452,13 +465,21 @@ def _stacked_pixels(folder: _Folder, slices: Sequence[Slice]) -> np.ndarray:
     return array
 
 
-def read_dicom(source: str, files: Sequence[str], *, series: int | None = None, resample: bool = True) -> Volume:
+def read_dicom(
+    source: str,
+    files: Sequence[str],
+    *,
+    series: int | None = None,
+    time_index: int | None = None,
+    resample: bool = True,
+) -> Volume:
     """One series as a Volume, array order (slice, row, column); a tilted gantry leaves the affine sheared.
 
     Args:
         source: the path as the user gave it, for messages.
         files: the DICOM files below it, in the order of their names; others are left out and counted.
         series: which series, by its place in the list that the error shows when there are several.
+        time_index: which time point of a multi-frame object whose frames have a TemporalPositionIndex.
         resample: whether slices whose steps are slightly uneven may be interpolated to even ones.
     """
     folder = _Folder(source, files)
@@ -469,8 +490,15 @@ def read_dicom(source: str, files: Sequence[str], *, series: int | None = None, 
             refused = sum(one.refused is not None for one in found)
             which = f", {refused} of them not readable" if refused else ""
             notes.append(f"{len(found) - 1} other series left out{which}")
+        points = chosen.time_points
+        if time_index is not None and len(points) == 1:
+            raise folder.error(
+                "time_index= is for 4-D files, of DICOM for multi-frame objects whose frames at one position have "
+                "different TemporalPositionIndex; this series has none"
+            )
+        time = pick_time(source, (*chosen.slices[0].size, len(points[0]), len(points)), time_index)
         try:
-            stack = stack_slices(chosen.slices, resample=resample)
+            stack = stack_slices(points[time], resample=resample)
         except Refused as refused:
             raise folder.error(str(refused)) from None
         array = _stacked_pixels(folder, stack.slices)

@@ -112,8 +112,6 @@ def open_volume(
     name = os.path.basename(source).lower()
     suffix = ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
     is_dicom = is_folder or not (suffix in NIFTI_SUFFIXES or suffix in ITK_SUFFIXES)
-    if is_dicom and time_index is not None:
-        raise VolumeReadError(f"{source}: time_index= is for 4-D NIfTI, NRRD and MetaImage files; it is DICOM")
     if series is not None and not is_dicom:
         raise VolumeReadError(f"{source}: series= is for DICOM; the file holds one image")
     with naming(source), quiet_parsers():
@@ -122,7 +120,8 @@ def open_volume(
             _refuse_shear(file.affine, resample)
             return file
         if is_dicom:
-            volume = read_dicom(source, _dicom_files(source, suffix, is_folder), series=series, resample=resample)
+            files = _dicom_files(source, suffix, is_folder)
+            volume = read_dicom(source, files, series=series, time_index=time_index, resample=resample)
         else:
             volume = read_itk(source, time_index)
         _refuse_shear(volume.affine, resample)

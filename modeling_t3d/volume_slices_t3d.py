@@ -37,6 +37,7 @@ class Slice:
     slope: float
     intercept: float
     thickness: float
+    time: float = 0.0  # ordinal of its time point
 
     @property
     def normal(self) -> np.ndarray:

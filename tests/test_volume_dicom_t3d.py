@@ -121,6 +121,44 @@ def test_multi_frame_objects(tmp_path, stored):
     assert "without a position for each" in refused(tmp_path / "plain.dcm")
 
 
+@pytest.mark.parametrize("order", ["time by time", "place by place"])
+def test_time_points_of_a_multi_frame_object(tmp_path, order):
+    stored = np.random.default_rng(0).integers(0, 3000, (6, 6, 7)).astype(np.uint16)
+    frames = [(time, place) for time in range(2) for place in range(3)]
+    if order == "place by place":
+        frames.sort(key=lambda frame: (frame[1], -frame[0]))
+    elements = multi_frame_elements(6, [(0, 0, 2.5 * place) for _, place in frames], [1] * 6)
+    for functional, (time, _) in zip(elements["PerFrameFunctionalGroupsSequence"], frames, strict=True):
+        functional.FrameContentSequence = pydicom.Sequence([pydicom.Dataset()])
+        functional.FrameContentSequence[0].TemporalPositionIndex = time + 1
+    path = tmp_path / "four.dcm"
+    write_slice(path, stored, (0, 0, 0), **elements)
+    assert list_series(path) == ("CT axial 7x6x3x2",)
+    for time in range(2):
+        volume = read_volume(path, time_index=time)
+        assert volume.spacing == (2.5, 0.8, 0.7)
+        for place in range(3):
+            expected = stored[frames.index((time, place))].astype(int) - 1024
+            np.testing.assert_array_equal(volume.array[place], expected)
+    assert "holds 2 volumes (4-D); choose one with time_index=0..1" in refused(path)
+    assert "time_index=2 is outside 0..1" in refused(path, time_index=2)
+    for functional in elements["PerFrameFunctionalGroupsSequence"]:
+        del functional.FrameContentSequence
+    write_slice(path, stored, (0, 0, 0), **elements)  # nothing tells the frames of one position apart
+    assert "two or more slices lie at 0.00 mm" in refused(path)
+    assert "different TemporalPositionIndex; this series has none" in refused(path, time_index=0)
+
+
+def test_frames_that_each_have_a_time_are_one_volume(tmp_path, stored):
+    """A table that moves on while it scans: no position is there twice."""
+    elements = multi_frame_elements(5, [(0, 0, 2.5 * place) for place in range(5)], [1] * 5)
+    for time, functional in enumerate(elements["PerFrameFunctionalGroupsSequence"]):
+        functional.FrameContentSequence = pydicom.Sequence([pydicom.Dataset()])
+        functional.FrameContentSequence[0].TemporalPositionIndex = time + 1
+    write_slice(tmp_path / "frames.dcm", stored, (0, 0, 0), **elements)
+    np.testing.assert_array_equal(read_volume(tmp_path / "frames.dcm").array, stored.astype(int) - 1024)
+
+
 def test_localisers_and_other_objects_are_left_out(tmp_path, stored):
     write_series(tmp_path, stored)
     write_slice(
