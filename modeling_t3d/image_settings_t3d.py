@@ -69,7 +69,7 @@ REPLACED_ARGUMENTS = {
     "do_center_crop": 'global_fit="crop"',
     "do_pad": "global_size",
     "pad_size": "global_size",
-    "resample": "nothing (resampling is trilinear)",
+    "resample": "nothing (it is trilinear; read_volume(path, resample=False) refuses tilted and sheared scans)",
     "do_convert_rgb": "windows",
     "input_data_format": "volume_axes",
 }

@@ -90,6 +90,11 @@ def test_impossible_settings_are_refused(setting, wrong):
             processor(np.zeros((4, 4, 4)), affine=np.eye(4), **{setting: value})
 
 
+def test_what_refuses_a_tilted_scan_is_named():
+    with pytest.raises(ValueError, match=r"read_volume\(path, resample=False\) refuses tilted"):
+        T3DImageProcessor()(np.zeros((4, 4, 4)), affine=np.eye(4), resample=False)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
