@@ -111,6 +111,10 @@ class _NotAVolume(Refused):
     """Why an image has no voxels in space, such as a dose screen: the other series of its study do without it."""
 
 
+class _Damaged(Refused):
+    """What no writer leaves in a header: its series' identifier may be damaged as well, and whose it is, unknown."""
+
+
 def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
     """The finite numbers of one element, None where it is absent or empty."""
     value = dataset.get(keyword)
@@ -120,7 +124,7 @@ def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None
     try:
         numbers = tuple(float(entry) for entry in values)
     except (TypeError, ValueError):
-        raise Refused(f"its {keyword} is not numeric") from None
+        raise _Damaged(f"its {keyword} is not numeric") from None
     if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
         raise Refused(f"its {keyword} is not {count} finite number{'s' if count > 1 else ''}")
     return numbers
@@ -319,6 +323,8 @@ def _collect(folder: _Folder) -> tuple[list[_Series], list[str]]:
             not_volumes.setdefault(key, (index, str(refused)))
             others += 1
             continue
+        except _Damaged as refused:
+            raise folder.error(str(refused), index) from None
         except Refused as refused:
             refusals.setdefault(key, _Series(named, index, refused=(index, str(refused))))
             continue

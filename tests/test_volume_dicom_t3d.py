@@ -261,6 +261,16 @@ def test_a_refused_slice_does_not_decide_between_two_scans(tmp_path, stored):
     assert "(file 6 of 9 in name order): its RescaleSlope is 0" in refused(tmp_path, series=1)
 
 
+def test_a_damaged_header_may_belong_to_any_series(tmp_path, stored):
+    """Its series' identifier may be damaged as well: the scan could lack a slice in silence."""
+    write_series(tmp_path, stored)
+    path = tmp_path / "000"
+    write_slice(path, stored[0], (-10, -20, 40), SeriesInstanceUID="1.9", PixelSpacing=["1234567890", "1"])
+    path.write_bytes(path.read_bytes().replace(b"1234567890", b"1234?67890"))
+    for options in ({}, {"series": 0}):
+        assert "(file 1 of 6 in name order): its PixelSpacing is not numeric" in refused(tmp_path, **options)
+
+
 def test_several_series_are_listed_without_names(tmp_path, stored):
     write_series(tmp_path / "a", stored)
     write_series(tmp_path / "b", stored[:3], SeriesInstanceUID="1.5", SeriesNumber=7)
