@@ -8,7 +8,7 @@ that training and evaluation cannot disagree.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .image_processing_t3d import T3DImageProcessorKwargs
+from .image_processing_t3d import LocalViews, PreparedVolume, T3DImageProcessorKwargs
 from .image_settings_t3d import refuse_unknown
+from .reassembly_t3d import Reassembled
 
 REPORT_SECTIONS = ("both", "findings", "impression")
 PRESENT_TEMPLATE = "{} is present."
@@ -204,6 +205,18 @@ class T3DProcessor(ProcessorMixin):
                 f"max_length={limit}, or call encode_reports, which cuts reports and counts those that it cut"
             )
         return inputs
+
+    def prepare(self, *args: Any, **kwargs: Any) -> PreparedVolume:
+        """What does not change between views of a volume; arguments as of [`T3DImageProcessor.prepare`]."""
+        return self.image_processor.prepare(*args, **kwargs)
+
+    def iterate_views(self, *args: Any, **kwargs: Any) -> Iterator[LocalViews]:
+        """Local views of a prepared volume, a few at a time; arguments as of [`T3DImageProcessor.iterate_views`]."""
+        return self.image_processor.iterate_views(*args, **kwargs)
+
+    def reassemble(self, *args: Any, **kwargs: Any) -> Reassembled:
+        """The outputs of tiles as one array on the scan's grid; arguments as of [`T3DImageProcessor.reassemble`]."""
+        return self.image_processor.reassemble(*args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any

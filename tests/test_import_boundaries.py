@@ -102,7 +102,7 @@ ALLOWED = {
         "prepared_volume_t3d",
         "volume_io_t3d",
     },
-    "processing_t3d": {"image_processing_t3d", "image_settings_t3d"},
+    "processing_t3d": {"image_processing_t3d", "image_settings_t3d", "reassembly_t3d"},
     "layers_t3d": {"configuration_t3d", "encoders_t3d"},
     "modeling_outputs_t3d": set(),
     # The head and the pipeline are named for the exporter of custom code alone: those imports are never executed.

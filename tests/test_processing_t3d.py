@@ -76,6 +76,18 @@ def test_each_modality_alone():
         processor()
 
 
+def test_a_loaded_processor_takes_a_scan_to_tiles_and_their_outputs_back_to_the_scan(tmp_path):
+    make_processor().save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    prepared = processor.prepare(body_array(), AFFINE)
+    tiles = list(processor.iterate_views(prepared, "grid", batch_size=5))
+    assert len(tiles) > 1
+    tissue = (tile[0] > 0 for views in tiles for tile in views.pixel_values)
+    result = processor.reassemble((tile.to(torch.int16) for tile in tissue), prepared, mode="labels")
+    np.testing.assert_allclose(result.affine, AFFINE)
+    assert np.array_equal(result.array, body_array() > 0)
+
+
 def test_path_and_geometry_pass_through(tmp_path):
     import nibabel
 
