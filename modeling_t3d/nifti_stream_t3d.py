@@ -18,7 +18,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .geometry_t3d import Grid, Volume, VolumeReadError, check_affine
-from .volume_arithmetic_t3d import rescale
+from .volume_arithmetic_t3d import rescale, widened
 from .volume_headers_t3d import MAXIMUM_DEFLATE, check_promise, damaged, pick_time
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,10 @@ class NiftiFile:
 
     def read(self) -> Volume:
         """The whole volume; values as `read_volume` describes them."""
-        (values,) = self.slabs(self.shape[2])
+        if self.image is not None or self._holds_values:
+            (values,) = self.slabs(self.shape[2])
+        else:
+            values = self._gathered()
         return Volume(values, self.affine, source=self.source, warnings=self.warnings)
 
     def slabs(self, num_planes: int) -> Iterator[np.ndarray]:
@@ -87,6 +90,22 @@ class NiftiFile:
                 yield self._values(stored)
             if self.source[-3:].lower() == ".gz":
                 self._skip(stream, None)
+
+    @property
+    def _holds_values(self) -> bool:
+        """Whether the stored numbers are the values."""
+        return self.dtype == np.int16 and self.slope == 1.0 and self.intercept == 0.0
+
+    def _gathered(self) -> np.ndarray:
+        """The whole volume (x, y, z), rescaled slab by slab: its stored numbers are never all in memory beside it."""
+        values, first = np.empty(0), 0
+        for slab in self.slabs(max(1, PIECE // (self.dtype.itemsize * self.shape[0] * self.shape[1]))):
+            if first == 0:
+                values = np.empty(self.shape, dtype=slab.dtype, order="F")
+            values, last = widened(values, slab), first + slab.shape[2]
+            values[:, :, first:last] = slab
+            first = last
+        return values
 
     def _open(self) -> Any:
         if self.source[-3:].lower() != ".gz":
@@ -124,7 +143,7 @@ class NiftiFile:
         raise damaged(self.source, "NIfTI", EOFError())
 
     def _values(self, stored: np.ndarray) -> np.ndarray:
-        if stored.dtype == np.int16 and self.slope == 1.0 and self.intercept == 0.0:
+        if self._holds_values:
             return stored  # its own array already
         return rescale(stored, self.slope, self.intercept)
 

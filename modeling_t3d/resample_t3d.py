@@ -281,12 +281,16 @@ def resample_array(
 
     def task(outputs: range) -> None:
         resampler = PlaneResampler(array.shape, samplings, deliver, antialias=antialias, outputs=outputs)
+
+        def push(first: int) -> None:  # a function, so that one slab is gone before the next is gathered
+            last = min(first + together, resampler.sources.stop)
+            slab = np.ascontiguousarray(array[first:last]) if together > 1 else array[first:last]
+            for index, plane in enumerate(slab, start=first):
+                resampler.push(index, plane)
+
         with torch.autocast("cpu", enabled=False):  # its products would run in bfloat16: 4 HU at 1000 HU
             for first in resampler.sources[::together]:
-                last = min(first + together, resampler.sources.stop)
-                slab = np.ascontiguousarray(array[first:last]) if together > 1 else array[first:last]
-                for index, plane in enumerate(slab, start=first):
-                    resampler.push(index, plane)
+                push(first)
 
     if array.size < SMALL:
         task(range(count))

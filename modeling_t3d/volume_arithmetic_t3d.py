@@ -13,13 +13,14 @@ import numpy as np
 from .geometry_t3d import Volume, check_spacing, factor_shear, shear
 
 
-def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+def rescale(stored: np.ndarray, slope: float, intercept: float, *, overwrite: bool = False) -> np.ndarray:
     """Stored numbers to values: int16 (or int32) where nothing is lost by it, else float32; never float64.
 
     Args:
         stored: any shape, integer or floating point.
         slope: factor of the header.
         intercept: what the header adds after it.
+        overwrite: whether the values may take the memory of the stored numbers, where their size is the same.
 
     Example:
         >>> rescale(np.array([0, 4095], dtype=np.uint16), 1.0, -1024.0)
@@ -32,7 +33,10 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         bounds = (lowest, highest, lowest * factor + offset, highest * factor + offset, factor, offset)
         for dtype in (np.int16, np.int32):
             if np.iinfo(dtype).min <= min(bounds) and max(bounds) <= np.iinfo(dtype).max:
-                values = stored.astype(dtype)  # always a copy: never the memory map of a file
+                if overwrite and stored.dtype.itemsize == np.dtype(dtype).itemsize and stored.dtype.isnative:
+                    values = stored.view(dtype)  # both bounds fit, so the bits are those of the signed type
+                else:
+                    values = stored.astype(dtype)  # always a copy: never the memory map of a file
                 # Integer arithmetic wraps: a product outside the type comes back when the offset brings it inside.
                 if factor != 1:
                     np.multiply(values, factor, out=values)
@@ -40,12 +44,25 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
                     np.add(values, offset, out=values)
                 return values
     with np.errstate(over="ignore", invalid="ignore"):
-        values = stored.astype(np.float32)
+        values = stored.astype(np.float32, copy=not overwrite)
         if slope != 1:
             np.multiply(values, np.float32(slope), out=values)
         if intercept != 0:
             np.add(values, np.float32(intercept), out=values)
     return values
+
+
+def widened(array: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """An array that is filled part by part, copied to a type that also holds the rescaled `values` of the next part.
+
+    Example:
+        >>> widened(np.zeros(2, dtype=np.int16), np.zeros(1, dtype=np.int32)).dtype
+        dtype('int32')
+    """
+    if values.dtype == array.dtype:
+        return array
+    # Every part may differ from an array that is wide enough: it is copied once.
+    return array.astype("float32" if "f" in (values.dtype.kind, array.dtype.kind) else "int32", copy=False)
 
 
 def _shift_lines(
@@ -112,4 +129,4 @@ def remove_shear(volume: Volume, *, labels: bool = False) -> Volume:
     )
 
 
-__all__ = ["remove_shear", "rescale", "shear_note"]
+__all__ = ["remove_shear", "rescale", "shear_note", "widened"]

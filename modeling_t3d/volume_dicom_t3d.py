@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .geometry_t3d import Volume, VolumeReadError
-from .volume_arithmetic_t3d import rescale
+from .volume_arithmetic_t3d import rescale, widened
 from .volume_codestreams_t3d import DeflateGuard, check_codestream
 from .volume_headers_t3d import archive_kind, checked_choice, pick_time
 from .volume_slices_t3d import Refused, Slice, even_out, stack_slices
@@ -35,6 +35,7 @@ LOCALISER = re.compile(r"(?<![A-Z])(LOCALI[SZ]ER|SCOUT|TOPOGRAM|SCANOGRAM|SURVIE
 MAXIMUM_COMPRESSION = 20_000
 # Pixels of one slice, four times those of the largest detectors: a codec allocates them before it looks at the data.
 MAXIMUM_SLICE = 1 << 26
+LARGE_PIXELS = 1 << 22  # bytes; more are left in the file until a frame of them is wanted
 HEADER_KEYWORDS = [
     *("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Rows"),
     *("Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
@@ -417,12 +418,12 @@ def describe_acquisition(source: str, files: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
-def _pixels(folder: _Folder, file: int) -> np.ndarray:
-    """Stored pixel values of one file, (frames, rows, columns)."""
-    dataset = folder.read(file, specific_tags=PIXEL_KEYWORDS)
+def _frames(folder: _Folder, file: int) -> Iterator[np.ndarray]:
+    """Stored pixel values of each frame of one file, (rows, columns), decoded one after the other."""
+    dataset = folder.read(file, specific_tags=PIXEL_KEYWORDS, defer_size=LARGE_PIXELS)
     try:
         from pydicom.encaps import generate_frames
-        from pydicom.pixels import get_decoder, pixel_array
+        from pydicom.pixels import get_decoder, iter_pixels
         from pydicom.uid import RLELossless
 
         syntax = dataset.file_meta.TransferSyntaxUID
@@ -432,9 +433,15 @@ def _pixels(folder: _Folder, file: int) -> np.ndarray:
             )
         rows, columns = int(dataset.Rows), int(dataset.Columns)
         frames = int(dataset.get("NumberOfFrames") or 1)
+        source: Any = dataset
         if not syntax.is_compressed or syntax.is_deflated:
             needed = rows * columns * frames * int(dataset.BitsAllocated) // 8
-            held = len(dataset.get("PixelData") or dataset.get("FloatPixelData") or b"")
+            pixels = dataset.get_item("PixelData", keep_deferred=True) if "PixelData" in dataset else None
+            if pixels is not None and pixels.value is None and not syntax.is_deflated:
+                source = folder.files[file]
+                held = min(pixels.length, os.path.getsize(source) - pixels.value_tell)
+            else:
+                held = len(dataset.get("PixelData") or dataset.get("FloatPixelData") or b"")
             if held < needed:
                 raise Refused(f"the pixel data is truncated: {held} bytes where {needed} are needed")
         elif syntax != RLELossless:
@@ -444,7 +451,8 @@ def _pixels(folder: _Folder, file: int) -> np.ndarray:
                 check_codestream(codestream, rows, columns)
         # Of the RLE decoders, the one in Rust ends damaged data with a panic, which no `except Exception` sees.
         plugin = "pydicom" if syntax == RLELossless else ""
-        return pixel_array(dataset, decoding_plugin=plugin).reshape(frames, rows, columns)
+        for _, frame in zip(range(frames), iter_pixels(source, decoding_plugin=plugin), strict=True):
+            yield frame
     except Refused as refused:
         raise folder.error(str(refused), file) from None
     except Exception as error:  # codecs raise many types on damaged data, and their text may quote the header
@@ -455,19 +463,19 @@ def _pixels(folder: _Folder, file: int) -> np.ndarray:
 def _stacked_pixels(folder: _Folder, slices: Sequence[Slice]) -> np.ndarray:
     """The values of each slice after its own rescale, (slices, rows, columns)."""
     array = np.empty(0)
-    file, frames = -1, array
-    for index, entry in enumerate(slices):
-        if file != entry.file:
-            file, frames = entry.file, _pixels(folder, entry.file)
-        values = rescale(frames[entry.frame], entry.slope, entry.intercept)
-        if values.shape != entry.size:
-            raise folder.error("its pixels have another size than its header says", entry.file)
-        if index == 0:
-            array = np.empty((len(slices), *values.shape), dtype=values.dtype)
-        elif values.dtype != array.dtype:
-            wider = "float32" if "f" in (values.dtype.kind, array.dtype.kind) else "int32"
-            array = array.astype(wider, copy=False)  # every slice may differ from an array that is wide enough
-        array[index] = values
+    places = {(entry.file, entry.frame): index for index, entry in enumerate(slices)}
+    for file in dict.fromkeys(entry.file for entry in slices):
+        for frame, stored in enumerate(_frames(folder, file)):
+            if (index := places.get((file, frame))) is None:
+                continue
+            entry = slices[index]
+            values = rescale(stored, entry.slope, entry.intercept)
+            if values.shape != entry.size:
+                raise folder.error("its pixels have another size than its header says", file)
+            if array.size == 0:
+                array = np.empty((len(slices), *values.shape), dtype=values.dtype)
+            array = widened(array, values)
+            array[index] = values
     return array
 
 

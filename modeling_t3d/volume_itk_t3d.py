@@ -76,7 +76,7 @@ def read_itk(source: str, time_index: int | None) -> Volume:
         image = reader.Execute()
         if components > 1:
             image = SimpleITK.VectorIndexSelectionCast(image, time)
-        volume = _to_volume(SimpleITK, image, reader)
+        volume = _to_volume(rescale(np.asarray(_Voxels(SimpleITK, image)), 1.0, 0.0, overwrite=True), reader)
         space = _meta_data(reader, "NRRD_space") if header.is_nrrd else ""
     except VolumeError:
         raise
@@ -126,11 +126,23 @@ def from_simple_itk(image: Any, time_index: int | None = None) -> Volume:
     elif dimension > 3:
         rest = dimension - 3
         chosen = SimpleITK.Extract(image, [*shape[:3], *[0] * rest], [0, 0, 0, time, *[0] * (rest - 1)])
-    return _to_volume(SimpleITK, chosen, image)
+    return _to_volume(rescale(SimpleITK.GetArrayViewFromImage(chosen), 1.0, 0.0), image)
 
 
-def _to_volume(simple_itk: Any, image: Any, geometry: Any) -> Volume:
-    """The voxels of `image` (copied) with the geometry that `geometry`, an image or a reader, gives."""
+class _Voxels:
+    """The voxels of an image that nobody else holds, as an array in the image's own memory.
+
+    SimpleITK's view does not keep its image alive, and it is read-only; an array made of this object holds the object.
+    """
+
+    def __init__(self, simple_itk: Any, image: Any):
+        view = simple_itk.GetArrayViewFromImage(image)
+        self._image = image
+        self.__array_interface__ = {**view.__array_interface__, "data": (view.ctypes.data, False)}
+
+
+def _to_volume(array: np.ndarray, geometry: Any) -> Volume:
+    """The voxels with the geometry that `geometry`, an image or a reader of SimpleITK, gives."""
     spacing, origin, direction = geometry.GetSpacing(), geometry.GetOrigin(), geometry.GetDirection()
     dimension = len(spacing)
     affine = np.eye(4)
@@ -138,7 +150,7 @@ def _to_volume(simple_itk: Any, image: Any, geometry: Any) -> Volume:
     affine[:3, 3] = origin[:3]
     affine = LPS_TO_RAS @ affine
     affine[:, :3] = affine[:, 2::-1]  # the array's order is (z, y, x) of the file
-    return Volume(rescale(simple_itk.GetArrayViewFromImage(image), 1.0, 0.0), affine)
+    return Volume(array, affine)
 
 
 __all__ = ["LPS_TO_RAS", "from_simple_itk", "read_itk"]

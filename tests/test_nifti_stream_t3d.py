@@ -91,6 +91,22 @@ def test_slabs_are_the_volume_in_pieces(tmp_path, library, code, num_planes):
     np.testing.assert_array_equal(np.concatenate(slabs, axis=2), read_volume(path).array)
 
 
+@pytest.mark.parametrize("largest", [2**15 - 1, 2**15, 2**31])
+@pytest.mark.parametrize("plane", [0, 2, 4])
+def test_one_type_holds_slabs_of_several(tmp_path, monkeypatch, largest, plane):
+    """The type is that of the whole volume, wherever the values lie that decide it."""
+    stored = numbers("u1").astype(np.uint32)
+    stored[3, 4, plane] = largest
+    path = str(write(tmp_path / "scan.nii", stored))
+    whole = open_nifti(path).read().array
+    monkeypatch.setattr(nifti_stream_t3d, "PIECE", 1)
+    array = open_nifti(path).read().array
+    assert array.dtype == whole.dtype == {2**15 - 1: np.int16, 2**15: np.int32, 2**31: np.float32}[largest]
+    assert array.flags.f_contiguous
+    np.testing.assert_array_equal(array, whole)
+    np.testing.assert_array_equal(array, stored)
+
+
 def test_one_volume_of_several(tmp_path, library):
     stored = numbers("i2", (7, 6, 5, 3))
     for suffix in ("nii", "nii.gz"):

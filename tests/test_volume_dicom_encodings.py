@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from dicom_writer import SYNTAXES, multi_frame_elements, write_encoded, write_series, write_slice
 
+from modeling_t3d import volume_dicom_t3d
 from modeling_t3d.volume_io_t3d import VolumeReadError, list_series, read_volume
 
 pydicom = pytest.importorskip("pydicom")
@@ -31,9 +32,16 @@ def plain(stored, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(params=["small", "large"])
+def pixels(request, monkeypatch):
+    """Whether a file's pixels are read at once, or those of one frame after the other."""
+    if request.param == "large":
+        monkeypatch.setattr(volume_dicom_t3d, "LARGE_PIXELS", 0)
+
+
 @pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("kind", ["slices", "frames"])
-def test_every_transfer_syntax_gives_one_volume(tmp_path, stored, plain, syntax, kind):
+def test_every_transfer_syntax_gives_one_volume(tmp_path, stored, plain, pixels, syntax, kind):
     try:
         if kind == "frames":
             write_encoded(plain / "frames.dcm", tmp_path / "frames", syntax)  # no extension
@@ -50,7 +58,7 @@ def test_every_transfer_syntax_gives_one_volume(tmp_path, stored, plain, syntax,
 
 
 @pytest.mark.parametrize("syntax", ["deflated", "jpeg_lossless", "jpeg_ls", "jpeg_2000", "rle", "big_endian"])
-def test_truncated_multi_frame_objects_are_refused(tmp_path, plain, syntax):
+def test_truncated_multi_frame_objects_are_refused(tmp_path, plain, pixels, syntax):
     try:
         write_encoded(plain / "frames.dcm", tmp_path / "whole", syntax)
     except ImportError as error:
@@ -60,6 +68,16 @@ def test_truncated_multi_frame_objects_are_refused(tmp_path, plain, syntax):
         (tmp_path / "cut.dcm").write_bytes(content[: int(len(content) * share)])
         with pytest.raises(VolumeReadError, match=r"cut\.dcm"):
             read_volume(tmp_path / "cut.dcm")
+
+
+def test_what_follows_pixels_that_are_too_few_is_no_pixel(tmp_path, stored, plain, pixels):
+    dataset = pydicom.dcmread(plain / "frames.dcm")
+    dataset.PixelData = dataset.PixelData[:-80]
+    dataset.add_new(0x7FE10010, "LO", "PRIVATE")
+    dataset.add_new(0x7FE11000, "OB", b"x" * 400)
+    dataset.save_as(tmp_path / "short.dcm")
+    with pytest.raises(VolumeReadError, match="the pixel data is truncated: 7600 bytes where 7680 are needed"):
+        read_volume(tmp_path / "short.dcm")
 
 
 def test_enhanced_object_made_by_highdicom(tmp_path, stored, plain):

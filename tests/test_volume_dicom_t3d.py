@@ -84,7 +84,7 @@ def test_slices_of_several_types_are_copied_once(monkeypatch, slope):
     """An array wide enough for all slices is not copied for each narrower one; values stay exact."""
     narrow = np.random.default_rng(0).integers(0, 3000, (1, 128, 128)).astype(np.uint16)
     wide = narrow + np.uint16(60000)
-    monkeypatch.setattr(volume_dicom_t3d, "_pixels", lambda folder, file: narrow if file else wide)
+    monkeypatch.setattr(volume_dicom_t3d, "_frames", lambda folder, file: iter(narrow if file else wide))
     slices = [
         Slice(file, 0, None, None, None, None, narrow.shape[1:], slope if file == 0 else 1.0, -1024.0, 1.0)
         for file in range(40)

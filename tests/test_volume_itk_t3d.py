@@ -2,13 +2,15 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """NRRD and MetaImage: which headers orient a scan, and suffixes in any case."""
 
+import gc
 import gzip
 import shutil
 
 import numpy as np
 import pytest
 
-from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume
+from modeling_t3d.volume_arithmetic_t3d import rescale
+from modeling_t3d.volume_io_t3d import VolumeReadError, read_volume, to_volume
 
 SimpleITK = pytest.importorskip("SimpleITK")
 DIRECTIONS = "space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (10,20,30)\n"
@@ -180,3 +182,27 @@ def test_suffixes_may_be_in_any_case(tmp_path, name, compressed):
     volume, expected = read_volume(tmp_path / name), read_volume(lower)
     np.testing.assert_array_equal(volume.array, expected.array)
     np.testing.assert_array_equal(volume.affine, expected.affine)
+
+
+@pytest.mark.parametrize("code", ["u1", "i2", "u2", "i4", "u4", "f4", "f8"])
+@pytest.mark.parametrize("largest", [100, 40_000, 3_000_000_000])
+@pytest.mark.parametrize("name", ["scan.mha", "scan.nrrd"])
+def test_voxels_outlive_their_image_in_the_type_that_holds_them(tmp_path, name, code, largest):
+    stored = np.random.default_rng(0).integers(0, 100, (20, 64, 64)).astype(code)
+    stored[3, 4, 5] = largest if stored.dtype.kind == "f" else min(largest, np.iinfo(code).max)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(stored), str(tmp_path / name))
+    array = read_volume(tmp_path / name).array
+    gc.collect()
+    others = [np.full(stored.shape, 7, dtype=code) for _ in range(5)]  # would take the memory if it were free
+    expected = rescale(stored, 1.0, 0.0)
+    assert array.dtype == expected.dtype
+    np.testing.assert_array_equal(array, expected)
+    array += 1
+    np.testing.assert_array_equal(array, expected + 1)
+    assert all((other == 7).all() for other in others)
+
+
+def test_an_image_in_memory_keeps_its_voxels():
+    image = SimpleITK.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    to_volume(image).array[...] = 0
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image).ravel(), np.arange(24))
