@@ -4,6 +4,7 @@
 
 import csv
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -177,6 +178,20 @@ def test_workers_need_only_the_addresses(cluster, folder, rows, tmp_path):
     assert second.num_present == 12
     with pytest.raises(BuildError, match="does not lie below the manifest's folder"):
         addresses_below(tmp_path / "manifest.csv", rows, "s3://bucket")
+
+
+def test_a_damaged_memory_of_a_far_volume_prepares_no_second_one(folder, rows, tmp_path):
+    addresses = addresses_below(folder / "manifest.csv", rows[:1], f"file://{folder}")
+    arguments = {"num_workers": 0, "addresses": addresses}
+    first = build_store(rows[:1], tmp_path / "store", PROCESSOR, **arguments)
+    (path,) = (tmp_path / "store" / "sources").iterdir()
+    known = json.loads(path.read_text())
+    digit = "0" if known["content"][-1] != "0" else "1"
+    path.write_text(json.dumps({**known, "content": known["content"][:-1] + digit}))
+    second = build_store(rows[:1], tmp_path / "store", PROCESSOR, **arguments)
+    assert (second.num_added, second.keys) == (0, first.keys)
+    assert len(files_of(tmp_path / "store")) == 1
+    assert json.loads(path.read_text()) == known
 
 
 def test_a_volume_that_kills_its_workers_is_quarantined(cluster, rows, tmp_path):

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """Stored volumes come back bit for bit, by the tile, from any address; damage and interruption are found."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -448,6 +449,23 @@ def test_the_content_is_not_read_again_while_the_file_stays(url, tmp_path):
     assert store.key_of(source) == key
     os.utime(source, ns=(0, 0))
     assert store.key_of(source) != key
+
+
+def test_a_damaged_memory_of_the_content_is_no_other_volume(url, tmp_path):
+    store = VolumeStore.create(url, PROCESSOR)
+    source = write_source(tmp_path / "one", "1")
+    key = store.key_of(source)
+    file_system, root = fsspec.core.url_to_fs(str(url))
+    (path,) = file_system.find(f"{root}/sources")
+    whole = file_system.cat_file(path)
+    known = json.loads(whole)
+    digit = "0" if known["content"][7] != "0" else "1"
+    wrong = {**known, "content": known["content"][:7] + digit + known["content"][8:]}
+    without_checksum = {name: value for name, value in wrong.items() if name in ("stamp", "content")}
+    for damage in (wrong, without_checksum, {**known, "content": None}, [known], "known"):
+        file_system.pipe_file(path, json.dumps(damage).encode())
+        assert store.key_of(source) == key
+        assert file_system.cat_file(path) == whole, "what was damaged is mended"
 
 
 def test_content_of_a_folder(tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..geometry_t3d import VolumeError
-from .source_hashes import content_hash, volume_key
+from .source_hashes import content_hash, memo, remembered_content, volume_key
 from .sources import open_source
 from .store import VolumeStore
 from .store_files import connect, publish
@@ -87,8 +87,9 @@ def run_task(task: PreparationTask, store: VolumeStore, image_processor: Any) ->
             return PreparationOutcome(task, "present", key, seconds=time.monotonic() - begun)
         with remote.fetched() if remote else nullcontext(Path(task.source)) as path:
             if remote and content is None:
-                content = remote.remember(path)
-            key = rescaled_key(str(content), task.rescale)
+                key = rescaled_key(remote.remember(path), task.rescale)
+                if key in store:  # under another address, or what was remembered of it was damaged
+                    return PreparationOutcome(task, "present", key, seconds=time.monotonic() - begun)
             prepared = image_processor.prepare(open_source(path, task.rescale))
     except (VolumeError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in _STORE_TROUBLE:
@@ -179,17 +180,15 @@ class RemoteSource:
         """The key, if an earlier run has read the object as it is now."""
         self._seen = self._stamp()
         try:
-            known = json.loads(self._memory.cat_file(self._memo))
-        except (FileNotFoundError, ValueError):
+            content = remembered_content(self._memory.cat_file(self._memo), self._seen)
+        except FileNotFoundError:
             return None
-        if not isinstance(known, dict) or known.get("stamp") != self._seen:
-            return None
-        return volume_key(known["content"], self.store.preparation)
+        return None if content is None else volume_key(content, self.store.preparation)
 
     def remember(self, path: Path) -> str:
         """The key of what was fetched; kept in the store for the next run."""
         content = content_hash(path)
-        text = json.dumps({"stamp": self._seen, "content": content}).encode()
+        text = memo(self._seen, content)
         publish(self._memory, self._memo, lambda file: file.write(text))
         return volume_key(content, self.store.preparation)
 

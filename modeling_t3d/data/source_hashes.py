@@ -35,6 +35,28 @@ def source_stamp(path: Path) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def memo(stamp: str, content: str) -> bytes:
+    """What a store keeps of a source: its stamp and the hash of its content, with a checksum."""
+    return json.dumps({"stamp": stamp, "content": content, "checksum": _checksum(stamp, content)}).encode()
+
+
+def remembered_content(text: bytes, stamp: str) -> str | None:
+    """The hash of the content that a `memo` holds; `None` where the memo is damaged, or the source another by now."""
+    try:
+        known = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(known, dict) or known.get("stamp") != stamp:
+        return None
+    content = str(known.get("content"))
+    # One wrong digit would name the volume anew, and it would be prepared and stored a second time.
+    return content if known.get("checksum") == _checksum(stamp, content) else None
+
+
+def _checksum(stamp: str, content: str) -> str:
+    return hashlib.sha256(f"{stamp}\0{content}".encode()).hexdigest()
+
+
 def path_hash(path: Path) -> str:
     """Hash of an absolute path, which itself may name a person."""
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()
@@ -55,4 +77,13 @@ def is_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 
 
-__all__ = ["content_hash", "is_key", "path_hash", "preparation_text", "source_stamp", "volume_key"]
+__all__ = [
+    "content_hash",
+    "is_key",
+    "memo",
+    "path_hash",
+    "preparation_text",
+    "remembered_content",
+    "source_stamp",
+    "volume_key",
+]

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from ..prepared_volume_t3d import PreparedVolume
-from .source_hashes import content_hash, is_key, path_hash, preparation_text, source_stamp, volume_key
+from .source_hashes import (
+    content_hash,
+    is_key,
+    memo,
+    path_hash,
+    preparation_text,
+    remembered_content,
+    source_stamp,
+    volume_key,
+)
 from .store_files import connect, publish
 from .store_format import (
     CODECS,
@@ -180,19 +189,19 @@ class VolumeStore:
         Key of a source: hash of its content and of the preparation.
 
         The hash of the content is kept in the store under the hash of the path, until sizes or times of the files
-        change: a second run reads no volume to find its key.
+        change: a second run reads no volume to find its key. What is damaged there is computed anew.
         """
         source = Path(source)
         path, stamp = self._path("sources", f"{path_hash(source)}.json"), source_stamp(source)
         try:
-            known = json.loads(self._file_system.cat_file(path))
-        except (FileNotFoundError, ValueError):
-            known = None
-        if not isinstance(known, dict) or known.get("stamp") != stamp:
-            known = {"stamp": stamp, "content": content_hash(source)}
-            text = json.dumps(known).encode()
+            content = remembered_content(self._file_system.cat_file(path), stamp)
+        except FileNotFoundError:
+            content = None
+        if content is None:
+            content = content_hash(source)
+            text = memo(stamp, content)
             publish(self._file_system, path, lambda file: file.write(text))
-        return volume_key(known["content"], self.preparation)
+        return volume_key(content, self.preparation)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and (
