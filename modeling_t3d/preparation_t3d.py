@@ -2,8 +2,10 @@
 # Licensed under the Apache License, Version 2.0; see the LICENSE file.
 """From a volume, or a NIfTI file that is still compressed, to a PreparedVolume: orientation, checks, model grid, body.
 
-Every source voxel is touched once: planes are surveyed, cleared of padding, resampled, rounded and averaged over the
-body's cells while they are in the processor's cache, those of a file while the rest of it is being decompressed.
+Planes are cleared of padding, resampled, rounded and averaged over the body's cells while they are in the processor's
+cache. Those of a file that holds them in order are surveyed in the same pass, while the rest of it is being
+decompressed; should the survey find other padding than the first slab has, the file is read again. A volume in memory
+is surveyed in a pass before: several threads resample it, and each must know the padding when it begins.
 """
 
 import math
