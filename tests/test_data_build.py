@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,46 @@ def test_the_largest_volumes_come_first(rows, tmp_path):
     assert sizes[0] > sizes[-1] > 0
 
 
+def test_sizes_are_asked_for_side_by_side_and_what_has_none_is_left_to_the_worker(folder, rows, tmp_path, monkeypatch):
+    series = tmp_path / "series" / "below"
+    series.mkdir(parents=True)
+    for name in ("a", "b"):
+        (series / name).write_bytes(b"x" * 700)
+    addresses = {
+        rows[1].number: f"file://{folder}/1.nii",
+        rows[2].number: f"file://{tmp_path}/series",
+        rows[3].number: str(tmp_path / "series"),
+        rows[4].number: f"file://{folder}/none.nii",
+        rows[5].number: str(folder / "none.nii"),
+    }
+    together, ask = threading.Barrier(len(rows)), build._size
+
+    def met(source, store):
+        together.wait(60)  # until every other one is under way
+        return ask(source, store)
+
+    monkeypatch.setattr(build, "_size", met)
+    outcomes = []
+    build_store(
+        *(rows, tmp_path / "store", PROCESSOR),
+        num_workers=0,
+        addresses=addresses,
+        max_unreadable=len(rows),
+        on_outcome=outcomes.append,
+    )
+    sizes = {outcome.task.number: outcome.task.size for outcome in outcomes}
+    expected = {row.number: row.volume.stat().st_size for row in rows}
+    expected |= {rows[2].number: 1400, rows[3].number: 1400, rows[4].number: 0, rows[5].number: 0}
+    assert sizes == expected
+    unreadable = {outcome.task.number for outcome in outcomes if outcome.key is None}
+    assert unreadable == {row.number for row in rows[2:6]}
+
+
 def test_a_log_without_a_bar_tells_how_far_it_is(rows, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(build, "_TELL_EVERY", 0.0)
     caplog.set_level("INFO")
     build_store(rows, tmp_path / "store", PROCESSOR, num_workers=0)
+    assert "the sizes of 6/12 volumes are known" in caplog.text
     assert "6/12 volumes, 0.0 of 0.0 GB, 0 quarantined, about 0 minutes left" in caplog.text
 
 

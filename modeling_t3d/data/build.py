@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ _CONNECT = 30  # seconds until a scheduler that does not answer is an error
 _WAIT_FOR_WORKERS = 300  # seconds until a cluster without workers is an error
 _REFRESH = 5.0  # seconds between two looks at how many workers there are
 _TELL_EVERY = 60.0  # seconds between two lines of a log that shows no bar
+_SIZING_THREADS = 16  # that ask for sizes: in object storage each answer is a round trip, and there may be many
 _BUNDLES_PER_THREAD = 4  # at least, however small the volumes are: the last ones to finish are few
 _RETRIES = 2  # of a task that failed through no fault of its volume, such as a lost connection to the store
 
@@ -132,7 +134,7 @@ def build_store(
     """
     begun = time.monotonic()
     store = VolumeStore.create(url, image_processor, codec=codec, storage_options=storage_options)
-    tasks = [_task(row, store, addresses or {}) for row in rows]
+    tasks = _sized_tasks(rows, store, addresses or {})
     tasks.sort(key=lambda task: (-task.size, task.number))
     limit = max_unreadable if isinstance(max_unreadable, int) else math.ceil(max_unreadable * len(tasks))
     report = BuildReport()
@@ -154,9 +156,25 @@ def build_store(
     return report
 
 
-def _task(row: ManifestRow, store: VolumeStore, addresses: Mapping[int, str]) -> PreparationTask:
-    source = addresses.get(row.number, str(row.volume))
-    return PreparationTask(row.number, source, row.rescale, _size(source, store))
+def _sized_tasks(
+    rows: Sequence[ManifestRow], store: VolumeStore, addresses: Mapping[int, str]
+) -> list[PreparationTask]:
+    """A task for each row, in their order, with a bar, or lines in a log."""
+    sources = [addresses.get(row.number, str(row.volume)) for row in rows]
+    tasks: list[PreparationTask] = []
+    told = time.monotonic()
+    with (
+        ThreadPoolExecutor(_SIZING_THREADS) as pool,
+        tqdm(total=len(rows), unit="volume", desc="sizing volumes", disable=None) as bar,
+    ):
+        sizes = pool.map(lambda source: _size(source, store), sources)
+        for row, source, size in zip(rows, sources, sizes, strict=True):
+            tasks.append(PreparationTask(row.number, source, row.rescale, size))
+            bar.update()
+            if bar.disable and time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                logger.info("the sizes of %d/%d volumes are known", len(tasks), len(rows))
+    return tasks
 
 
 def _size(source: str, store: VolumeStore) -> int:
