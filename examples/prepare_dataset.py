@@ -61,6 +61,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quality-volumes", type=int, default=500, help="how many volumes the quality page opens")
     parser.add_argument("--quality-only", action="store_true", help="stop before the store")
     parser.add_argument("--store", help="where prepared volumes go: a folder, or an address such as s3://bucket/store")
+    parser.add_argument(
+        "--storage-option",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what fsspec needs for --store, and for --sources of the same kind, such as "
+        "endpoint_url=http://host:9000; others see a command line: leave secrets to the environment",
+    )
     parser.add_argument("--config", type=Path, default=CONFIG, help="of the training: its image processor counts")
     parser.add_argument("--codec", choices=("none", "zstd"), default="none", help="zstd: smaller, slower to read")
     parser.add_argument("--scheduler", help="running Dask cluster, tcp://host:port; without it, this machine")
@@ -82,10 +90,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def pairs(texts: list[str]) -> dict:
-    """NAME=VALUE arguments; values are read as YAML."""
+def pairs(texts: list[str], *, are_secret: bool = False) -> dict:
+    """NAME=VALUE arguments; values are read as YAML. What may be secret is not repeated in a message."""
     if wrong := [text for text in texts if "=" not in text]:
-        sys.exit(f"{wrong[0]!r}: write NAME=VALUE")
+        sys.exit(f"{'--storage-option' if are_secret else repr(wrong[0])}: write NAME=VALUE")
     return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts)}
 
 
@@ -115,6 +123,7 @@ def make_manifest(arguments: argparse.Namespace) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Manifest, quality page, store."""
+    storage_options = pairs(arguments.storage_option, are_secret=True)
     manifest = make_manifest(arguments)
     logger.info("manifest: %s", manifest)
     processes = os.cpu_count() or 1 if arguments.num_workers is None else arguments.num_workers
@@ -138,6 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
         num_workers=arguments.num_workers,
         addresses=addresses_below(manifest, rows, arguments.sources) if arguments.sources else None,
         codec=arguments.codec,
+        storage_options=storage_options,
         max_unreadable=arguments.max_unreadable,
         quarantine=arguments.output / "quarantine.csv",
     )

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import signal
 
+import fsspec
 import numpy as np
 import pytest
 from object_storage import CREDENTIALS, WAIT
@@ -39,7 +40,8 @@ def test_volumes_come_back_bit_for_bit(bucket):
     assert list(again.keys()) == sorted(volumes)[1:]
 
 
-def test_the_endpoint_may_be_given_with_the_address(bucket, storage, monkeypatch):
+@pytest.mark.parametrize("where", ["with the address", "in fsspec's configuration"])
+def test_the_endpoint_may_be_given(bucket, storage, monkeypatch, where):
     for name in (*CREDENTIALS, "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     options = {
@@ -47,6 +49,9 @@ def test_the_endpoint_may_be_given_with_the_address(bucket, storage, monkeypatch
         "secret": "test",
         "client_kwargs": {"endpoint_url": storage.url, "region_name": "us-east-1"},
     }
+    if where == "in fsspec's configuration":
+        monkeypatch.setitem(fsspec.config.conf, "s3", options)
+        options = {}
     store = VolumeStore.create(f"{bucket}/store", PROCESSOR, tile=TILE, storage_options=options)
     store.add(KEY, noise())
     assert np.array_equal(pickle.loads(pickle.dumps(store)).read(KEY).array, noise().array)

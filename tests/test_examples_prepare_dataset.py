@@ -11,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from object_storage import CREDENTIALS
 
 from modeling_t3d.data.datasets import PretrainingDataset
 from modeling_t3d.data.manifest import read_manifest
@@ -195,3 +197,26 @@ def test_a_manifest_of_ones_own_is_not_replaced(tmp_path, run):
     assert (tmp_path / "manifest.csv").read_text() == written
     with pytest.raises(SystemExit, match="--splits: train='a' is no share"):
         run(*arguments, "--splits", "train=a")
+
+
+def test_what_object_storage_needs_reaches_store_and_sources_and_no_log(tmp_path, run, bucket, storage, monkeypatch):
+    make_scans(tmp_path, 2)
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(
+        "volume,report,patient_id\n"
+        + "".join(f"p{n}/scan.nii.gz,The lungs are clear on this scan.,p{n}\n" for n in (0, 1))
+    )
+    far = fsspec.filesystem("s3")
+    for number in range(2):
+        far.put(str(tmp_path / f"p{number}" / "scan.nii.gz"), f"{bucket}/scans/p{number}/scan.nii.gz")
+    for name in (*CREDENTIALS, "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    place = f"client_kwargs={{endpoint_url: '{storage.url}', region_name: us-east-1}}"
+    arguments = ["--manifest", manifest, "--output", tmp_path / "out", "--config", configuration(tmp_path)]
+    arguments += ["--num-workers", "0", "--store", f"{bucket}/store", "--sources", f"{bucket}/scans"]
+    said = run(*arguments, "--storage-option", "key=test", "secret=hunter2", place)
+    assert "2 volumes are in the store: 2 prepared now" in said
+    assert "hunter2" not in said
+    with pytest.raises(SystemExit, match="NAME=VALUE") as refused:
+        run(*arguments, "--storage-option", "hunter2")
+    assert "hunter2" not in str(refused.value)

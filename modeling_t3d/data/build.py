@@ -123,7 +123,9 @@ def build_store(
             does the work in this process, without Dask.
         addresses (mapping `int` -> `str`, *optional*):
             Row number -> where workers fetch the volume from; by default its path, which they must all reach then.
-        codec, storage_options: of a store that is made; see [`VolumeStore`].
+        codec (`str`): of a store that is made; see [`VolumeStore`].
+        storage_options (`dict`, *optional*): what fsspec needs beside the address of the store, and beside those of
+            volumes that begin alike (`s3://`); workers get it too.
         max_unreadable (`int` or `float`, defaults to 0.01): how many volumes, or which share, may be quarantined; of a
             share above 0 at least one.
         quarantine (`str` or `Path`, *optional*): CSV file (row, volume, reason) of those volumes, written always.

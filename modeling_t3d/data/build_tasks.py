@@ -155,13 +155,14 @@ class RemoteSource:
 
     Args:
         url (`str`): of a file or of the folder of a DICOM series.
-        store ([`VolumeStore`]): remembers the hash.
+        store ([`VolumeStore`]): remembers the hash; its storage options hold for addresses that begin as its own.
     """
 
     def __init__(self, url: str, store: VolumeStore) -> None:
         self.url = url
         self.store = store
-        self.file_system, self.path = connect(url, {})
+        is_alike = url.partition("://")[0] == store.url.partition("://")[0]
+        self.file_system, self.path = connect(url, store.storage_options if is_alike else {})
         self._memory, root = connect(store.url, store.storage_options)
         self._memo = posixpath.join(root, "sources", f"{hashlib.sha256(url.encode()).hexdigest()}.json")
 

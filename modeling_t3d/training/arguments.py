@@ -224,7 +224,8 @@ class DataArguments:
             its whole report [choice].
         cache_dir (`str`, *optional*): where prepared volumes are kept; `prepared` beside the manifest by default.
         store (`str`, *optional*): address of a volume store in place of `cache_dir`: a folder, `s3://...` or whatever
-            fsspec knows. Rows with a key need no source file.
+            fsspec knows. Rows with a key need no source file. An endpoint or keys come from fsspec's own configuration
+            (`FSSPEC_S3_ENDPOINT_URL=...`) or the environment: this one is saved and logged.
         streaming (`bool`, defaults to `False`): batches come from a stream whose loader processes follow the order by
             themselves, see [`~modeling_t3d.data.streaming.StreamingDataset`]; for very large data sets.
         study_sampling (`"independent"`, `"together"` or `"one"`): how a stream treats the reconstructions of a study:
