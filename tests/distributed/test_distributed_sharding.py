@@ -67,7 +67,7 @@ def test_accumulated_gradients_are_of_the_mean_loss_of_the_global_micro_batches(
 
 def test_frozen_batch_norm_allows_caching(ranks):
     if len(ranks) == 4:
-        return
+        pytest.skip("some of four processes have a single pair, which they cannot cut into micro-batches")
     expected = run_plain(**BATCH_NORM)
     for rank in ranks:
         result = rank["runs"]["frozen batch norm"]["cached"]
