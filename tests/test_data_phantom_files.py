@@ -83,7 +83,6 @@ def test_a_manifest_of_ones_own_is_not_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.csv"]
 
 
-@pytest.mark.slow
 def test_workers_write_the_same_files(tmp_path):
     one = write_phantoms(tmp_path / "one", range(4), shape=(14, 14, 14), compress=False)
     two = write_phantoms(tmp_path / "two", range(4), num_workers=2, shape=(14, 14, 14), compress=False)

@@ -65,7 +65,6 @@ def test_bits_are_those_of_the_version(seed):
     assert fingerprint(generate_phantom(seed)) == PINNED[seed]
 
 
-@pytest.mark.slow
 def test_bits_do_not_depend_on_the_vector_instructions():
     # A second process with plain SSE code paths stands in for another machine.
     features = np._core._multiarray_umath.__cpu_dispatch__

@@ -137,7 +137,6 @@ def test_a_sample_is_said_to_be_one(planted):
     assert [facts.number for facts in again.volumes] == [facts.number for facts in report.volumes]
 
 
-@pytest.mark.slow
 def test_processes_find_the_same(planted, report):
     assert examine_manifest(planted, num_workers=2) == report
 

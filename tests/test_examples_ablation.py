@@ -254,7 +254,6 @@ def test_arms_whose_steps_cost_less_take_more_of_them(scripts, tmp_path):
     assert steps["gtgm"] > steps["default"]
 
 
-@pytest.mark.slow
 def test_two_arms_end_to_end_and_again(tmp_path):
     command = [
         sys.executable,

@@ -74,7 +74,6 @@ def test_a_file_that_the_system_refuses_to_write(runs, tmp_path, num_processes):
     assert_resumes(runs, folder, num_processes, **SETTINGS)
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full(runs, tmp_path):
     """A small disk of its own, filled by checkpoints that are all kept; copied, since it vanishes with its process."""
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]

@@ -265,7 +265,6 @@ def test_a_signal_to_one_rank_stops_both(runs, tmp_path):
     assert_same_run(whole, run)
 
 
-@pytest.mark.slow
 def test_a_launcher_passes_a_signal_on_and_the_status_file_tells(runs, tmp_path):
     """torchrun signals whole groups, loader processes included, and exits with a status of its own."""
     settings = {**SETTINGS, "max_steps": 40, "save_steps": None, "dataloader_num_workers": 1}

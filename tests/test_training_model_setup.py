@@ -128,7 +128,6 @@ def test_stages_that_are_recomputed():
         arguments(activation_checkpointing_stages=["layer1"])
 
 
-@pytest.mark.slow
 def test_the_encoder_alone_is_compiled():
     model = build().eval()
     expected, names = vision_features(model), list(model.state_dict())
