@@ -111,13 +111,25 @@ def difference(results: Sequence[Mapping[str, Any]], default: Sequence[Mapping[s
     return percentile_interval(float(means[0] - means[1]), replicates[0] - replicates[1])
 
 
-def difference_cell(arm: Arm, results: Sequence[Mapping[str, Any]], default: Sequence[Mapping[str, Any]]) -> str:
+def differences_of(
+    arms: Sequence[Arm], results: Mapping[str, Mapping[int, Mapping[str, Any]]], seeds: Sequence[int]
+) -> dict[str, Interval]:
+    """[`difference`] of every other trained arm, by name, over the seeds that there are of it and of the default."""
+    by_arm = {arm.name: _of_seeds(results.get(arm.name, {}), seeds) for arm in arms if arm.kind != "shortcut"}
+    default = by_arm.pop(DEFAULT)
+    return {name: difference(found, default) for name, found in by_arm.items() if found and default}
+
+
+def _of_seeds(results: Mapping[int, Mapping[str, Any]], seeds: Sequence[int]) -> list[Mapping[str, Any]]:
+    return [results[seed] for seed in seeds if seed in results]
+
+
+def difference_cell(arm: Arm, found: Interval | None) -> str:
     """[`difference`] of a trained arm in a cell; the default has none from itself."""
-    if arm.kind == "shortcut" or results == default:
+    if arm.kind == "shortcut" or arm.name == DEFAULT:
         return ABSENT
-    if not default:
+    if found is None:
         return MISSING
-    found = difference(results, default)
     return "undefined" if np.isnan(found.value) else f"{found.value:+.3f} [{found.low:+.3f} to {found.high:+.3f}]"
 
 
@@ -147,10 +159,10 @@ def table_row(
     arm: Arm,
     results: Mapping[int, Mapping[str, Any]],
     seeds: Sequence[int],
-    default: Mapping[int, Mapping[str, Any]],
+    from_default: Interval | None,
 ) -> list[str]:
-    """Cells of an arm from the results of its seeds and of the default's."""
-    found = [results[seed] for seed in seeds if seed in results]
+    """Cells of an arm from the results of its seeds, and from its [`difference`]."""
+    found = _of_seeds(results, seeds)
     found = found[:1] if arm.kind == "shortcut" else found
     if not found:
         return [arm.label, *[MISSING] * (len(HEADER) - 1)]
@@ -162,7 +174,7 @@ def table_row(
     return [
         arm.label,
         auroc_cell(found, "validation", "macro"),
-        difference_cell(arm, found, [default[seed] for seed in seeds if seed in default]),
+        difference_cell(arm, from_default),
         *(auroc_cell(found, "test", group) for group in GROUPS),
         measurement_cell(found, *recall, "recall", "5", "value", chance=(*recall, "chance", "5")),
         measurement_cell(found, "leak", "leak"),
@@ -195,13 +207,18 @@ def best_arm(arms: Sequence[Arm], results: Mapping[str, Mapping[int, Any]], seed
     return f"Best arm on validation: **{best}**, mean macro AUROC {means[best]:.3f} {over}, among {among}."
 
 
-def verdict(arms: Sequence[Arm], results: Mapping[str, Mapping[int, Any]], seeds: Sequence[int]) -> str:
+def verdict(
+    arms: Sequence[Arm],
+    results: Mapping[str, Mapping[int, Any]],
+    seeds: Sequence[int],
+    differences: Mapping[str, Interval],
+) -> str:
     """The sentence that says which arms the defaults have to follow: those of which [`difference`] is above zero."""
-    complete = {name: list(found.values()) for name, found in results.items() if set(seeds) <= set(found)}
+    complete = {name for name, found in results.items() if set(seeds) <= set(found)}
     if DEFAULT not in complete:
         return f"Better than the default: {MISSING} (the default has no result of every seed)."
-    rivals = [arm for arm in arms if arm.kind == "pretraining" and arm.name != DEFAULT and arm.name in complete]
-    found = {arm.label: difference(complete[arm.name], complete[DEFAULT]) for arm in rivals}
+    rivals = [arm for arm in arms if arm.kind == "pretraining" and arm.name in complete - {DEFAULT}]
+    found = {arm.label: differences[arm.name] for arm in rivals}
     better = [label for label, interval in found.items() if interval.low > 0]
     worse = [label for label, interval in found.items() if interval.high < 0]
     rest = f"{len(found) - len(better) - len(worse)} of {len(found)}"
@@ -229,7 +246,8 @@ def make_table(
     found = [result for per_seed in results.values() for result in per_seed.values()]
     num_files = len({(result["arm"], result["seed"]) for result in found})
     rows: list[Sequence[str]] = [HEADER, ("---", *["---:"] * (len(HEADER) - 1))]
-    rows += [table_row(arm, results.get(arm.name, {}), seeds, results.get(DEFAULT, {})) for arm in arms]
+    differences = differences_of(arms, results, seeds)
+    rows += [table_row(arm, results.get(arm.name, {}), seeds, differences.get(arm.name)) for arm in arms]
 
     def listed(name: str) -> str:
         return "; ".join(dict.fromkeys(str(result[name]) for result in found)) or MISSING
@@ -253,7 +271,7 @@ def make_table(
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     legend = LEGEND.format(resamples=NUM_RESAMPLES).replace("\n", " ")
-    judged = [judge(arms, results, seeds) for judge in (best_arm, verdict)]
+    judged = [best_arm(arms, results, seeds), verdict(arms, results, seeds, differences)]
     parts = ["# Ablation on phantoms", table, *judged, legend, "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
